@@ -1,0 +1,14 @@
+"""Backdoor removal with the implicit hypergradient (I-BAU, ICLR 2022) in JAX.
+
+from ibau_jax import Dataset, IBAUConfig, load, unlearn
+
+result = unlearn(logits, params, clean, key=jax.random.key(0))
+cleaned = result.params
+"""
+
+from ibau_jax.config import IBAUConfig
+from ibau_jax.data import Dataset, load
+from ibau_jax.errors import InputError
+from ibau_jax.ibau import Result, unlearn
+
+__all__ = ["Dataset", "IBAUConfig", "InputError", "Result", "load", "unlearn"]

@@ -1,0 +1,88 @@
+"""Triggers: pure functions images -> images, kept as a pattern, a mask and a rule."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from ibau_jax.errors import InputError, check_name
+
+RULES = ("add", "replace")
+
+
+@dataclass(frozen=True)
+class Trigger:
+    """A trigger that is stamped on images.
+
+    Rule `add` gives clip(image + pattern), rule `replace` gives
+    clip(image * (1 - mask) + pattern); both clip to [0, 1] (published code, `patching`).
+
+    Attributes:
+      rule: `add` or `replace`.
+      pattern: float32 [H, W, C] in [0, 1].
+      mask: float32 [H, W, C] in [0, 1], for `replace` only.
+    """
+
+    rule: str
+    pattern: np.ndarray
+    mask: np.ndarray | None = None
+
+    def __post_init__(self):
+        check_name("trigger rule", self.rule, RULES)
+        if (self.mask is None) == (self.rule == "replace"):
+            raise InputError(
+                f"trigger rule {self.rule!r}: expected a mask with 'replace' and none with 'add'"
+            )
+        if self.mask is not None and self.mask.shape != self.pattern.shape:
+            raise InputError(
+                f"the trigger's mask has shape {self.mask.shape}, its pattern "
+                f"{self.pattern.shape}: expected the same"
+            )
+
+    def __call__(self, images: jax.Array | np.ndarray) -> jax.Array:
+        """Stamp the trigger: images [..., H, W, C] in [0, 1] -> the same shape, in [0, 1]."""
+        if self.mask is None:
+            return jnp.clip(images + self.pattern, 0, 1)
+        return jnp.clip(images * (1 - self.mask) + self.pattern, 0, 1)
+
+
+def badnets_square(shape: tuple[int, int, int] = (32, 32, 3), size: int = 4) -> Trigger:
+    """BadNets: a white square, one pixel from the lower right corner (Gu et al., 2017).
+
+    At 32x32 these are rows and columns 27 to 30, as in the published code.
+    """
+    mask = np.zeros(shape, np.float32)
+    mask[-size - 1 : -1, -size - 1 : -1] = 1
+    return Trigger("replace", pattern=mask, mask=mask)
+
+
+def trigger_from_files(
+    pattern: str | Path, rule: str = "add", mask: str | Path | None = None
+) -> Trigger:
+    """A trigger from a picture and, for `replace`, a NumPy array.
+
+    Args:
+      pattern: PNG, RGB; values are divided by 255.
+      rule: `add` or `replace`.
+      mask: .npy, [H, W], [H, W, C] or channels first [C, H, W], values in [0, 1].
+
+    Raises:
+      InputError: a file is missing or unreadable, or does not fit.
+    """
+    try:
+        picture = np.asarray(Image.open(pattern).convert("RGB"), np.float32) / np.float32(255)
+        array = None if mask is None else np.load(mask, allow_pickle=False).astype(np.float32)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"cannot read the trigger {str(pattern)!r} (mask {mask}): {error}; expected an RGB "
+            "picture, and an .npy file as mask"
+        ) from error
+    if array is not None:
+        if array.ndim == 2:
+            array = np.repeat(array[..., None], 3, axis=-1)
+        elif array.ndim == 3 and array.shape[0] == 3 and array.shape != picture.shape:
+            array = array.transpose(1, 2, 0)
+    return Trigger(rule, picture, array)

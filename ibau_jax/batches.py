@@ -1,0 +1,125 @@
+"""The clean set as a stack of equal batches on the device, checked first."""
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ibau_jax.config import IBAUConfig
+from ibau_jax.data import Dataset
+from ibau_jax.errors import InputError
+from ibau_jax.models import Logits, Params
+
+
+class Batch(NamedTuple):
+    """One batch, or a stack of batches with one more axis in front.
+
+    Attributes:
+      images: [B, H, W, C]; rows of padding repeat an image and have weight 0.
+      labels: int32 [B].
+      weights: [B], adding up to 1 over the real rows.
+      patched: [B], 1 where the image carries delta.
+    """
+
+    images: Any
+    labels: Any
+    weights: Any
+    patched: Any
+
+
+def make_batches(clean: Dataset, config: IBAUConfig) -> tuple[Batch, np.ndarray]:
+    """Cut a clean set, in its order, into batches; the last one may be smaller.
+
+    All have one shape (so everything compiles once): what is missing is filled up with rows
+    of weight 0, which count nowhere.
+
+    Returns:
+      The stack, and the number of real images in each batch.
+    """
+    count = len(clean.labels)
+    real = min(config.batch_size, count)
+    rows = -(-real // config.rows_multiple) * config.rows_multiple
+    starts = np.arange(0, count, real)
+    sizes = np.minimum(real, count - starts)
+    index = starts[:, None] + np.minimum(np.arange(rows), sizes[:, None] - 1)
+    mask = np.arange(rows) < sizes[:, None]
+    dtype = clean.images.dtype
+    weights = (mask / sizes[:, None]).astype(dtype)
+    batch = Batch(
+        images=clean.images[index],
+        labels=clean.labels[index],
+        weights=weights,
+        patched=np.zeros_like(weights),
+    )
+    return jax.tree.map(jnp.asarray, batch), sizes
+
+
+def resolve(config: IBAUConfig, logits: Logits, params: Params, images: Any) -> IBAUConfig:
+    """Settle `microbatch="auto"` for this model and backend.
+
+    On a CPU ten images at a time stay in the cache; but a model with `lax.conv` must not run
+    inside a loop there (XLA's derivatives of convolutions in loops are many times slower), and
+    an accelerator wants the whole batch.
+    """
+    if config.microbatch != "auto":
+        return config
+    size = None
+    if jax.default_backend() == "cpu":
+        program = str(jax.make_jaxpr(logits)(params, images[:1]))
+        size = None if "conv_general_dilated" in program else 10
+    return replace(config, microbatch=size)
+
+
+def check_clean(logits: Logits, params: Params, clean: Dataset) -> Dataset:
+    """The clean set as arrays, after checking it and the parameters against the model.
+
+    Raises:
+      InputError: says what was expected, what was found and what to do.
+    """
+    images, labels = np.asarray(clean.images), np.asarray(clean.labels)
+    if images.ndim != 4:
+        raise InputError(f"clean images have shape {images.shape}: expected [N, H, W, C]")
+    if not len(images):
+        raise InputError("the clean set is empty: expected at least one image")
+    if not np.issubdtype(images.dtype, np.floating):
+        raise InputError(
+            f"clean images are {images.dtype}: expected float32 in [0, 1]; divide pixels by 255"
+        )
+    low, high = float(images.min()), float(images.max())
+    if not (0 <= low and high <= 1):  # also true where one is NaN
+        raise InputError(
+            f"clean images range from {low:g} to {high:g}: expected values in [0, 1] without NaN; "
+            "divide pixels by 255 and leave out any normalisation (put it into `logits`)"
+        )
+    if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
+        raise InputError(
+            f"clean labels are {labels.dtype} {labels.shape}: expected integers of shape "
+            f"({len(images)},), one for each image"
+        )
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = jax.tree_util.keystr(path)
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            raise InputError(
+                f"the parameter {name} is {jnp.result_type(leaf)}: expected floating point"
+            )
+        if not bool(jnp.isfinite(leaf).all()):
+            raise InputError(f"the parameter {name} holds NaN or infinite values")
+    try:
+        out = jax.eval_shape(logits, params, jax.ShapeDtypeStruct(images[:1].shape, images.dtype))
+    except Exception as error:  # whatever the user's own function raises
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise InputError(
+            f"the model refuses images of shape {images[:1].shape}: {reason}"
+        ) from error
+    if getattr(out, "ndim", 0) != 2 or out.shape[0] != 1:
+        raise InputError(
+            f"logits(params, images) gives {out} for one image: expected an array [1, classes]"
+        )
+    if labels.min() < 0 or labels.max() >= out.shape[1]:
+        raise InputError(
+            f"clean labels range from {labels.min()} to {labels.max()}, but the model has "
+            f"{out.shape[1]} classes: expected labels from 0 to {out.shape[1] - 1}"
+        )
+    return Dataset(images, labels.astype(np.int32))

@@ -1,0 +1,240 @@
+"""The command line `ibau`: results on stdout, progress and notes on stderr.
+
+Exit status 0: done; 2: a bad argument or unreadable input, told in one line.
+"""
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+from tyro.conf import Positional, arg
+
+from ibau_jax.errors import InputError
+
+app = tyro.extras.SubcommandApp()
+
+DataDir = Annotated[
+    str | None,
+    arg(help="folder of TensorFlow Datasets; default: TFDS_DATA_DIR, else TFDS's own"),
+]
+AsJson = Annotated[bool, arg(help="print one JSON object on stdout")]
+Seed = Annotated[int, arg(help="seed of everything that is random")]
+DataName = Annotated[str | None, arg(help="digits, cifar10 or gtsrb; default: the model's own")]
+Target = Annotated[int | None, arg(help="label that triggered images shall get")]
+TriggerFile = Annotated[Path | None, arg(help="picture of a trigger, 32x32 RGB")]
+TriggerRule = Annotated[
+    str, arg(help="add: clip(image + trigger); replace: image * (1 - mask) + trigger")
+]
+TriggerMask = Annotated[Path | None, arg(help="mask for the rule replace, an .npy file")]
+
+
+@app.command
+def demo(out: Path = Path("ibau-demo"), seed: Seed = 0, json: AsJson = False) -> None:
+    """Train a backdoored model on handwritten digits and remove the backdoor (two minutes).
+
+    Needs no download. Writes both models, the numbers and report.html into --out.
+    """
+    from ibau_jax import pipeline
+
+    _note("training a backdoored model on handwritten digits, then cleaning it with I-BAU")
+    _finish(pipeline.demo(out, seed, progress=True), json, rows=out)
+
+
+@app.command
+def train(
+    out: Annotated[Path, arg(help="model file to write (.safetensors)")],
+    dataset: Annotated[str, arg(help="digits, cifar10 or gtsrb")] = "digits",
+    attack: Annotated[str, arg(help="badnets, or none for a clean model")] = "badnets",
+    target: Target = None,
+    poison_ratio: Annotated[float, arg(help="share of the training set that is poisoned")] = 0.2,
+    epochs: Annotated[int | None, arg(help="default: 10 for digits, else 50")] = None,
+    seed: Seed = 0,
+    data_dir: DataDir = None,
+    json: AsJson = False,
+) -> None:
+    """Train a model, poisoned or clean, and write it to one file."""
+    from ibau_jax import pipeline
+
+    found = pipeline.train_model(
+        out, dataset, attack, target, poison_ratio, epochs, seed, data_dir, progress=True
+    )
+    _finish(found, json)
+
+
+@app.command
+def evaluate(
+    model: Annotated[Path, arg(help="model file")],
+    dataset: DataName = None,
+    split: Annotated[str | None, arg(help="for example 'test[5000:]'")] = None,
+    attack: Annotated[str | None, arg(help="default: the attack in the model's file")] = None,
+    target: Target = None,
+    trigger: TriggerFile = None,
+    trigger_rule: TriggerRule = "add",
+    trigger_mask: TriggerMask = None,
+    seed: Seed = 0,
+    data_dir: DataDir = None,
+    json: AsJson = False,
+) -> None:
+    """Measure ACC, and ASR where an attack is known."""
+    from ibau_jax import pipeline
+    from ibau_jax.checkpoint import load_model
+
+    del seed  # nothing here is random
+    chosen = None
+    if attack is not None or trigger is not None:
+        stored = load_model(model)
+        if target is None and stored.attack is not None:
+            target = stored.attack.target
+        name = dataset or stored.dataset
+        chosen = pipeline.make_or_read_attack(
+            name, attack, target, trigger, trigger_rule, trigger_mask
+        )
+    _finish(pipeline.evaluate_model(model, dataset, split, chosen, data_dir), json)
+
+
+@app.command
+def defend(
+    model: Annotated[Path, arg(help="model file")],
+    defense: Annotated[str, arg(help="ibau")] = "ibau",
+    preset: Annotated[
+        str | None, arg(help="of ibau: default, algorithm1 or published; default: default")
+    ] = None,
+    dataset: DataName = None,
+    clean: Annotated[str | None, arg(help="split that the defense uses")] = None,
+    split: Annotated[str | None, arg(help="split for evaluation, disjoint from --clean")] = None,
+    rounds: Annotated[int | None, arg(help="passes over the clean set; default: preset's")] = None,
+    seed: Seed = 0,
+    out: Annotated[
+        Path | None, arg(help="folder to write; default: runs/MODEL-DEFENSE-PRESET-seedN")
+    ] = None,
+    data_dir: DataDir = None,
+    json: AsJson = False,
+) -> None:
+    """Remove the backdoor from a model with a small clean set; write the result and a report."""
+    from ibau_jax import pipeline
+
+    found = pipeline.defend(
+        model,
+        defense,
+        preset,
+        dataset,
+        clean,
+        split,
+        rounds,
+        seed,
+        out,
+        data_dir,
+        progress=True,
+        on_note=_note,
+    )
+    _finish(found, json, rows=Path(found["report"]).parent)
+
+
+@app.command
+def convert(
+    source: Positional[Path],
+    destination: Positional[Path],
+    dataset: Annotated[str, arg(help="what it was trained on: cifar10 or gtsrb")] = "cifar10",
+    attack: Annotated[str | None, arg(help="badnets, or a name for --trigger")] = None,
+    target: Target = None,
+    trigger: TriggerFile = None,
+    trigger_rule: TriggerRule = "add",
+    trigger_mask: TriggerMask = None,
+    seed: Seed = 0,
+    json: AsJson = False,
+) -> None:
+    """Import a published PyTorch checkpoint (.pth), with its trigger, as a model file.
+
+    The file is read as data only: one that holds anything but tensors and plain values is refused.
+    """
+    from ibau_jax import pipeline
+
+    del seed  # nothing here is random
+    chosen = pipeline.make_or_read_attack(
+        dataset, attack, target, trigger, trigger_rule, trigger_mask
+    )
+    _finish(pipeline.convert(source, destination, dataset, chosen), json)
+
+
+@app.command
+def report(folder: Positional[Path], seed: Seed = 0, json: AsJson = False) -> None:
+    """Show the table of a run and write its report.html again."""
+    from ibau_jax.report import read_rows
+    from ibau_jax.report_html import write_report
+
+    del seed  # nothing here is random
+    rows = read_rows(folder)
+    _finish({"rows": rows, "report": str(write_report(folder))}, json, rows=folder)
+
+
+@app.command
+def prepare(
+    dataset: Positional[str],
+    archives: Annotated[
+        Path | None, arg(help="folder with GTSRB's three official archives, downloaded by hand")
+    ] = None,
+    data_dir: DataDir = None,
+    seed: Seed = 0,
+    json: AsJson = False,
+) -> None:
+    """Download a data set (cifar10 or gtsrb) and write it for TensorFlow Datasets, once."""
+    from ibau_jax.data.tfds_source import prepare as prepare_dataset
+
+    del seed  # nothing here is random
+    found = prepare_dataset(dataset, data_dir, archives)
+    _finish({"dataset": dataset, "folder": str(found)}, json)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        app.cli(
+            prog="ibau",
+            description="Backdoor removal with I-BAU in JAX.",
+            args=arguments,
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
+    except InputError as error:
+        print(f"ibau: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("ibau: interrupted; results of earlier runs are untouched", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run() -> None:
+    """Entry point of the console script."""
+    sys.exit(main())
+
+
+def _note(text: str) -> None:
+    print(f"ibau: {text}", file=sys.stderr)
+
+
+def _finish(found: dict[str, Any], as_json: bool, rows: Path | None = None) -> None:
+    """Print a result: JSON, or a table (of rows, where there are some) and the other values."""
+    if as_json:
+        print(json.dumps(found))
+        return
+    console = Console()
+    if rows is not None:
+        from ibau_jax.report import print_table, read_rows
+
+        print_table(read_rows(rows), console)
+    for name, value in found.items():
+        if isinstance(value, float):
+            value = f"{value:.4f}"
+        if not isinstance(value, dict | list) and value is not None:
+            console.print(f"{name:>16}  {value}", highlight=False, markup=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,186 @@
+"""`IBAUConfig`: everything in which the paper, the published code and our default differ."""
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ibau_jax.errors import InputError, check_name
+from ibau_jax.hypergradient import Neumann, NormalCG, Solver
+
+
+@dataclass(frozen=True)
+class IBAUConfig:
+    """Settings of I-BAU; `IBAUConfig()` is the preset `default`.
+
+    Attributes:
+      rounds: passes over the clean set.
+      batch_size: images in a batch (a smaller clean set is one batch).
+      microbatch: images that are differentiated at a time; None: the whole batch; `auto`: 10
+        on a CPU, unless the model has `lax.conv` in it (see `batches.resolve`), else the whole
+        batch. Only speed and memory depend on it.
+      norm: ball of the perturbation, `l2` or `linf`.
+      radius: its radius C, in the units of images in [0, 1].
+      inner_steps: T, steps of an ascent; None: one pass over the batches, a batch a step.
+      inner_optimizer: `sgd` (delta + rate * gradient), `adam`, or `relative`: steps of length
+        rate * radius along the gradient (l2) or its sign (linf).
+      inner_rate: its rate.
+      inner_labels: `true`, or `predicted` by the model for the clean image.
+      penalty: factor of ||delta||^2 in the inner loss.
+      project: onto the ball after `every-step` or `at-end` of the ascent.
+      clip: keep patched images in [0, 1].
+      outer_steps: outer steps after each ascent; None: a pass over all batches.
+      share: share of each outer batch that carries delta; at least one image always does.
+      outer_optimizer: `sgd` or `adam`.
+      outer_rate: its rate.
+      outer_decay: `none`, or `cosine` to zero over all rounds.
+      hessian: batch of the inner loss in the hypergradient: `first` or the `same` as the outer.
+      hessian_images: how many images of that batch; None: all.
+      solver: of the linear system with the inner Hessian.
+      route: `explicit` (jvp and vjp) or `jaxopt`, the same gradient.
+    """
+
+    rounds: int = 2
+    batch_size: int = 100
+    microbatch: int | Literal["auto"] | None = "auto"
+    norm: str = "l2"
+    radius: float = 3.0
+    inner_steps: int | None = 10
+    inner_optimizer: str = "relative"
+    inner_rate: float = 0.2
+    inner_labels: str = "true"
+    penalty: float = 0.0
+    project: str = "every-step"
+    clip: bool = True
+    outer_steps: int | None = 5
+    share: float = 0.1
+    outer_optimizer: str = "adam"
+    outer_rate: float = 1e-3
+    outer_decay: str = "cosine"
+    hessian: str = "same"
+    hessian_images: int | None = 20
+    solver: Solver = NormalCG(steps=4, damping=0.1)  # noqa: RUF009  (frozen)
+    route: str = "explicit"
+
+    def __post_init__(self):
+        for name, options in _CHOICES.items():
+            check_name(name, getattr(self, name), options)
+        for name in ("rounds", "batch_size", "inner_steps", "outer_steps", "hessian_images"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} is {value}: expected a whole number of at least 1")
+        for name in ("radius", "inner_rate", "outer_rate"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"{name} is {getattr(self, name)}: expected a positive number")
+        if not 0 < self.share <= 1:
+            raise InputError(f"share is {self.share}: expected a share of a batch in (0, 1]")
+        if isinstance(self.microbatch, int) and self.microbatch < 1:
+            raise InputError(f"microbatch is {self.microbatch}: expected at least 1, auto or None")
+
+    @property
+    def rows_multiple(self) -> int:
+        """Batches have a multiple of this many rows (padded with weight 0)."""
+        return self.microbatch if isinstance(self.microbatch, int) else 1
+
+    @classmethod
+    def default(cls) -> "IBAUConfig":
+        """What a user gets who names no preset."""
+        return cls()
+
+    @classmethod
+    def algorithm1(cls) -> "IBAUConfig":
+        """The paper's text to the letter (Algorithm 1, section 6, A.3)."""
+        return cls(
+            rounds=1,
+            radius=10.0,
+            inner_steps=10,
+            inner_optimizer="sgd",
+            inner_rate=0.1,
+            clip=False,
+            outer_steps=1,
+            share=1.0,
+            outer_optimizer="sgd",
+            outer_rate=0.1,
+            outer_decay="none",
+            hessian_images=None,
+            solver=Neumann(terms=5, step=0.1),
+        )
+
+    @classmethod
+    def published(cls, dataset: str = "cifar10") -> "IBAUConfig":
+        """The authors' code as it ran: their notebook for `cifar10` or the one for `gtsrb`.
+
+        Another data set gets the settings of CIFAR-10.
+        """
+        config = cls(
+            rounds=1,
+            radius=10.0,
+            inner_steps=None,
+            inner_optimizer="sgd",
+            inner_rate=10.0,
+            inner_labels="predicted",
+            penalty=0.001,
+            project="at-end",
+            clip=False,
+            outer_steps=None,
+            share=0.01,
+            outer_optimizer="adam",
+            outer_rate=1e-3,
+            outer_decay="none",
+            hessian="first",
+            hessian_images=None,
+            solver=Neumann(terms=5, step=0.1),
+        )
+        if dataset == "gtsrb":
+            return replace(config, inner_optimizer="adam", inner_rate=1.0, clip=True)
+        return config
+
+    def size(self, delta: jax.Array) -> jax.Array:
+        """Norm of a perturbation in the ball's own norm."""
+        return jnp.abs(delta).max() if self.norm == "linf" else jnp.sqrt(jnp.sum(delta**2))
+
+    def projected(self, delta: jax.Array) -> jax.Array:
+        """The nearest perturbation in the ball (line 5 of Algorithm 1)."""
+        if self.norm == "linf":
+            return jnp.clip(delta, -self.radius, self.radius)
+        return delta * jnp.minimum(1, self.radius / jnp.maximum(self.size(delta), 1e-12))
+
+    def inner_transform(self) -> optax.GradientTransformation:
+        """The optimiser of an ascent (it descends on the inner loss)."""
+        if self.inner_optimizer == "relative":
+            direction = optax.scale_by_sign() if self.norm == "linf" else optax.normalize_by_update_norm()
+            return optax.chain(direction, optax.scale(-self.inner_rate * self.radius))
+        return _OPTIMIZERS[self.inner_optimizer](self.inner_rate)
+
+    def outer_transform(self, steps: int) -> optax.GradientTransformation:
+        """The optimiser of the parameters over `steps` outer steps."""
+        rate: Any = self.outer_rate
+        if self.outer_decay == "cosine":
+            rate = optax.cosine_decay_schedule(self.outer_rate, steps)
+        return _OPTIMIZERS[self.outer_optimizer](rate)
+
+    def schedule(self, num_batches: int) -> list[tuple[int, int]]:
+        """Ranges of outer batches in a round; an ascent comes before each."""
+        stride = self.outer_steps or num_batches
+        return [(i, min(i + stride, num_batches)) for i in range(0, num_batches, stride)]
+
+
+PRESETS = {
+    "default": lambda dataset: IBAUConfig.default(),
+    "algorithm1": lambda dataset: IBAUConfig.algorithm1(),
+    "published": IBAUConfig.published,
+}
+
+_OPTIMIZERS = {"sgd": optax.sgd, "adam": optax.adam}
+_CHOICES = {
+    "norm": ("l2", "linf"),
+    "inner_optimizer": ("relative", "sgd", "adam"),
+    "inner_labels": ("true", "predicted"),
+    "project": ("every-step", "at-end"),
+    "outer_optimizer": ("sgd", "adam"),
+    "outer_decay": ("none", "cosine"),
+    "hessian": ("first", "same"),
+    "route": ("explicit", "jaxopt"),
+}

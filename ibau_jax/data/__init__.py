@@ -1,0 +1,14 @@
+"""Data sets: `load(name, split)` gives a `Dataset` of images in [0, 1] and labels."""
+
+from ibau_jax.data.datasets import DATASETS, DataInfo, Dataset, data_info, load
+from ibau_jax.data.splits import check_disjoint, split_indices
+
+__all__ = [
+    "DATASETS",
+    "DataInfo",
+    "Dataset",
+    "check_disjoint",
+    "data_info",
+    "load",
+    "split_indices",
+]

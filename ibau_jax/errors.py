@@ -1,0 +1,26 @@
+"""The one exception for wrong input: what was expected, what was found, what to do."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """A mistake in what the user gave (argument, file, array), told in one line.
+
+    The command line prints the text and exits with status 2; a library user sees a
+    `ValueError`.
+    """
+
+
+def check_name(kind: str, name: str, known: Iterable[str]) -> None:
+    """Raise `InputError` when `name` is not among `known`; name the nearest one.
+
+    Args:
+      kind: what `name` is, for the message, for example "attack".
+    """
+    options = list(known)
+    if name in options:
+        return
+    close = difflib.get_close_matches(name, options, n=1, cutoff=0.4)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise InputError(f"unknown {kind} {name!r}: expected one of {', '.join(options)}{hint}")

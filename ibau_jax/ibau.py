@@ -1,0 +1,298 @@
+"""I-BAU: implicit backdoor adversarial unlearning (Zeng et al., ICLR 2022), Algorithm 1.
+
+    for each round:
+        delta = 0                                                  # one trigger for all images
+        for each inner step:
+            delta <- project(delta + step * d1 H(delta, params))   # ascend
+        for each outer step:
+            params <- params - rate * hypergradient(delta, params) # unlearn
+
+    H(delta, params) = mean_i CE(logits(params, x_i + delta), y_i)                   (eq. 1)
+
+`unlearn` takes any pure `logits(params, images)`. What differs between the paper's text, the
+published code and our default is in `IBAUConfig` and nowhere else.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+from ibau_jax.batches import Batch, check_clean, make_batches, resolve
+from ibau_jax.config import IBAUConfig
+from ibau_jax.data import Dataset
+from ibau_jax.hypergradient import Report, hypergradient, hypergradient_jaxopt
+from ibau_jax.microbatch import summed
+from ibau_jax.models import Logits, Params
+from ibau_jax.progress import progress_bar
+
+ROUTES = {"explicit": hypergradient, "jaxopt": hypergradient_jaxopt}
+
+
+class Result(NamedTuple):
+    """What a defense returns.
+
+    Attributes:
+      params: the cleaned parameters, same structure and dtypes as those given.
+      history: one dict a round: `round`, `delta_norm`, `inner_loss` (mean cross-entropy of the
+        clean set with the last perturbation, at the end of the ascent), `outer_loss`,
+        `residual` (of the linear solve; means over the round), `seconds` (without compiling
+        and evaluating), and what `evaluate` gave.
+      deltas: the last perturbation of each round, float [rounds, H, W, C].
+      seconds: sum over the rounds.
+      compile_seconds: tracing and compiling.
+    """
+
+    params: Params
+    history: list[dict[str, Any]]
+    deltas: np.ndarray
+    seconds: float
+    compile_seconds: float
+
+
+def unlearn(
+    logits: Logits,
+    params: Params,
+    clean: Dataset,
+    *,
+    config: IBAUConfig = IBAUConfig(),  # noqa: B008  (frozen)
+    key: jax.Array,
+    evaluate: Callable[[Params], Mapping[str, Any]] | None = None,
+    on_round: Callable[[dict[str, Any]], None] | None = None,
+    progress: bool = False,
+) -> Result:
+    """Remove a backdoor that is not known, with a small clean set.
+
+    Args:
+      logits: pure function `logits(params, images [N, H, W, C]) -> [N, num_classes]`, in
+        evaluation mode (dropout off, batch statistics fixed).
+      params: pytree of floating-point arrays.
+      clean: correctly labelled images without trigger, [N, H, W, C] in [0, 1], any size.
+      config: how; the default is the preset `default`.
+      key: random key (`jax.random.key(seed)`): draws the images that are patched.
+      evaluate: `evaluate(params) -> mapping` is called before the first round and after each;
+        what it gives is put into the round's record (for example ACC and ASR).
+      on_round: called with the record of each round as it ends; round 0 is the model as given.
+      progress: show a progress bar on stderr.
+
+    Returns:
+      A `Result`.
+
+    Raises:
+      InputError: `clean` or `params` are not as described, or `logits` refuses the images.
+    """
+    clean = check_clean(logits, params, clean)
+    config = resolve(config, logits, params, clean.images)
+    batches, sizes = make_batches(clean, config)
+    num_batches = len(sizes)
+    schedule = config.schedule(num_batches)  # batches of each outer pass between two ascents
+    optimizer = config.outer_transform(config.rounds * num_batches)
+    zero = jnp.zeros(clean.images.shape[1:], clean.images.dtype)
+
+    # Compiled once, apart from the work, so that its time can be told apart.
+    started = time.perf_counter()
+    state = (params, jax.jit(optimizer.init)(params), key)
+    first = jnp.int32(0)
+    ascend = jax.jit(make_ascent(logits, config)).lower(params, batches, first).compile()
+    descend = (
+        jax.jit(make_descent(logits, config, optimizer))
+        .lower(state, zero, batches, first)
+        .compile()
+    )
+    compile_seconds = time.perf_counter() - started
+
+    history: list[dict[str, Any]] = []
+    deltas: list[np.ndarray] = []
+
+    def record(**values):
+        if evaluate is not None:
+            values |= dict(evaluate(state[0]))
+        if on_round is not None:
+            on_round(values)
+        return values
+
+    before = record(round=0, seconds=0.0)
+    with progress_bar(config.rounds * num_batches, "I-BAU", progress) as advance:
+        advance(0, _note(before))
+        for round_ in range(1, config.rounds + 1):
+            started = time.perf_counter()
+            steps: list[Step] = []
+            inner_loss, delta = jnp.zeros(()), zero
+            for start, stop in schedule:
+                delta, inner_loss = ascend(state[0], batches, jnp.int32(start))
+                for index in range(start, stop):
+                    state, step = descend(state, delta, batches, jnp.int32(index))
+                    steps.append(jax.block_until_ready(step))
+                    advance(1, "")
+            seconds = time.perf_counter() - started
+            deltas.append(np.asarray(delta))
+            history.append(
+                record(
+                    round=round_,
+                    delta_norm=float(config.size(delta)),
+                    inner_loss=float(inner_loss),
+                    outer_loss=float(np.mean([s.loss for s in steps])),
+                    residual=float(np.mean([s.report.residual for s in steps])),
+                    seconds=seconds,
+                )
+            )
+            advance(0, _note(history[-1]))
+    total = sum(r["seconds"] for r in history)
+    return Result(state[0], history, np.stack(deltas), total, compile_seconds)
+
+
+def make_loss(logits: Logits, config: IBAUConfig):
+    """H of equation (1) on one batch: `loss(delta, params, batch) -> scalar`.
+
+    The mean cross-entropy over the batch (`batch.weights` add up to 1) with delta on the
+    images that `batch.patched` marks.
+    """
+
+    def loss(delta, params, batch: Batch):
+        images = batch.images + batch.patched[:, None, None, None] * delta
+        if config.clip:
+            images = clip_images(images)
+        return jnp.sum(batch.weights * cross_entropy(logits(params, images), batch.labels))
+
+    size = config.microbatch
+    return summed(loss, size if isinstance(size, int) else None)
+
+
+def make_inner(loss, config: IBAUConfig):
+    """What delta minimises: `inner(delta, params, batch) -> scalar`, minus H plus the penalty."""
+
+    def inner(delta, params, batch: Batch):
+        everywhere = batch._replace(patched=jnp.ones_like(batch.weights))
+        # sum of squares and not norm squared: the latter has a NaN gradient at zero
+        return config.penalty * jnp.sum(delta**2) - loss(delta, params, everywhere)
+
+    return inner
+
+
+def make_ascent(logits: Logits, config: IBAUConfig):
+    """The inner problem: `ascend(params, batches, start) -> (delta, loss)`.
+
+    Starts from zero and takes the batches in turn from number `start`. `loss` is H on the last
+    batch at the last delta before its final step.
+    """
+    loss = make_loss(logits, config)
+    inner = jax.value_and_grad(make_inner(loss, config))
+    optimizer = config.inner_transform()
+
+    def ascend(params, batches: Batch, start):
+        num_batches = len(batches.weights)
+        steps = config.inner_steps or num_batches
+        zero = jnp.zeros(batches.images.shape[2:], batches.images.dtype)
+        if config.inner_labels == "predicted":  # of the clean images: they do not change here
+            batches = batches._replace(labels=predicted(logits, params, batches.images, config))
+
+        def step(i, carry):
+            delta, opt_state, _ = carry
+            batch = pick(batches, (start + i) % num_batches)
+            value, gradient = inner(delta, params, batch)
+            updates, opt_state = optimizer.update(gradient, opt_state, delta)
+            delta = delta + updates
+            if config.project == "every-step":
+                delta = config.projected(delta)
+            return delta, opt_state, config.penalty * jnp.sum(delta**2) - value
+
+        start_state = (zero, optimizer.init(zero), jnp.zeros((), zero.dtype))
+        delta, _, value = lax.fori_loop(0, steps, step, start_state)
+        return (config.projected(delta) if config.project == "at-end" else delta), value
+
+    return ascend
+
+
+class Step(NamedTuple):
+    """What is known of one outer step: the outer loss, and how well the system was solved."""
+
+    loss: jax.Array
+    report: Report
+
+
+def make_descent(logits: Logits, config: IBAUConfig, optimizer: optax.GradientTransformation):
+    """One outer step: `descend(state, delta, batches, index) -> (state, Step)`.
+
+    `state` is (params, optimizer state, key).
+    """
+    loss = make_loss(logits, config)
+    inner_loss = make_inner(loss, config)
+    implicit = ROUTES[config.route]
+
+    def descend(state, delta, batches: Batch, index):
+        params, opt_state, key = state
+        key, subkey = jax.random.split(key)
+        batch = patch(subkey, pick(batches, index), config.share)
+        hessian_batch = hessian_rows(
+            pick(batches, 0) if config.hessian == "first" else batch, config
+        )
+        value, gradient, report = implicit(
+            lambda d, p: loss(d, p, batch),
+            lambda d, p: inner_loss(d, p, hessian_batch),
+            delta,
+            params,
+            solver=config.solver,
+        )
+        updates, opt_state = optimizer.update(gradient, opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state, key), Step(value, report)
+
+    return descend
+
+
+def patch(key: jax.Array, batch: Batch, share: float) -> Batch:
+    """Mark a share of the images (never padding), drawn at random, as those that carry delta.
+
+    The published code marks int(0.01 * batch) images; in a batch below 100 that is none, and
+    then nothing is unlearned. At least one image is marked here.
+    """
+    real = batch.weights > 0
+    count = jnp.maximum(1, jnp.floor(share * jnp.sum(real) + 1e-4))
+    scores = jnp.where(real, jax.random.uniform(key, real.shape), jnp.inf)
+    rank = jnp.argsort(jnp.argsort(scores))
+    return batch._replace(patched=(rank < count).astype(batch.weights.dtype))
+
+
+def hessian_rows(batch: Batch, config: IBAUConfig) -> Batch:
+    """The first `hessian_images` rows of a batch, weights adding up to 1 again."""
+    wanted = config.hessian_images or len(batch.weights)
+    count = -(-wanted // config.rows_multiple) * config.rows_multiple
+    rows = jax.tree.map(lambda a: a[:count], batch)
+    return rows._replace(weights=rows.weights / rows.weights.sum())
+
+
+def predicted(logits: Logits, params: Params, images: jax.Array, config: IBAUConfig) -> jax.Array:
+    """Labels that the model gives: images [batches, B, H, W, C] -> int32 [batches, B]."""
+    rows = config.microbatch if isinstance(config.microbatch, int) else images.shape[1]
+    parts = images.reshape(-1, rows, *images.shape[2:])
+    labels = lax.map(lambda part: jnp.argmax(logits(params, part), -1), parts)
+    return labels.reshape(images.shape[:2]).astype(jnp.int32)
+
+
+def pick(batches: Batch, index) -> Batch:
+    """Batch number `index` of a stack."""
+    return jax.tree.map(lambda a: a[index], batches)
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Cross-entropy of each row: [N, C] and int [N] -> [N]."""
+    return optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
+
+
+def clip_images(images: jax.Array) -> jax.Array:
+    """Clip to [0, 1]; a value on the border passes its gradient, as in PyTorch.
+
+    (`jnp.clip` halves it there, and real images have many zeros and ones.)
+    """
+    inside = (images >= 0) & (images <= 1)
+    return jnp.where(inside, images, jnp.where(images > 0, 1.0, 0.0).astype(images.dtype))
+
+
+def _note(record: Mapping[str, Any]) -> str:
+    """ACC and ASR of a record, for the progress bar."""
+    shown = (("acc", "ACC"), ("asr", "ASR"), ("asr_excl", "excl."))
+    return " ".join(f"{t} {record[k]:.3f}" for k, t in shown if record.get(k) is not None)

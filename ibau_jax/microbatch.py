@@ -1,0 +1,65 @@
+"""Sums over a batch, differentiated a few images at a time.
+
+The activations of a few images stay in a CPU's cache, and memory does not grow with the
+batch. The result is the same sum: batch norm is frozen, so images do not interact.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Loss = Callable[[Any, Any, Any], jax.Array]
+
+
+def summed(loss: Loss, size: int | None) -> Loss:
+    """`loss(delta, params, batch)`, a sum over the rows of `batch`, evaluated in microbatches.
+
+    Differentiable to any order in `delta` and `params`. The gradient is taken microbatch by
+    microbatch *inside* the loop (a plain gradient of a loop would keep every activation, or
+    compute every forward pass twice), so forward-mode derivatives of it, which the
+    hypergradient takes, are loops as well.
+
+    Args:
+      loss: gives a scalar that adds up over rows; `batch` is a pytree whose leaves have the
+        rows as their first axis.
+      size: rows in a microbatch; it must divide the batch. None: the whole batch at once.
+    """
+    if size is None:
+        return loss
+
+    def split(batch):
+        return jax.tree.map(lambda a: a.reshape(-1, size, *a.shape[1:]), batch)
+
+    def accumulate(function, batch):
+        def add(total, rows):
+            return jax.tree.map(jnp.add, total, function(rows)), None
+
+        first = jax.tree.map(lambda a: a[:size], batch)
+        shapes = jax.eval_shape(function, first)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        return lax.scan(add, zeros, split(batch))[0]
+
+    @jax.custom_vjp
+    def total(delta, params, batch):
+        return accumulate(lambda rows: loss(delta, params, rows), batch)
+
+    def forward(delta, params, batch):
+        # Only the gradients that are asked for: the one in the parameters costs the most.
+        perturbed = [any(p.perturbed for p in jax.tree.leaves(a)) for a in (delta, params)]
+        argnums = tuple(i for i in (0, 1) if perturbed[i])
+        delta, params, batch = (jax.tree.map(lambda p: p.value, a) for a in (delta, params, batch))
+        gradient = jax.value_and_grad(loss, argnums)
+        value, grads = accumulate(lambda rows: gradient(delta, params, rows), batch)
+        return value, dict(zip(argnums, grads, strict=True))
+
+    def backward(grads, cotangent):
+        if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
+            return None, None, None
+        scaled = jax.tree.map(lambda g: g * cotangent, grads)
+        return scaled.get(0), scaled.get(1), None
+
+    total.defvjp(forward, backward, symbolic_zeros=True)
+    return total

@@ -1,0 +1,159 @@
+"""The paper's simplified VGG (Table 7) and the adapter to `logits(params, images)`.
+
+Two facts decide the form of the code on a CPU (design notes in README, "Speed"):
+
+1. XLA runs the derivatives of `lax.conv` inside a loop (`fori_loop`, `scan`) as naive loops,
+   many times slower than outside. A convolution written as a few matrix products has only
+   matrix products in its derivatives, of any order, and costs the same in a loop.
+2. In evaluation mode batch norm is an affine map, which is folded into the convolution: the
+   gradients of its scale and offset then cost a few sums over the kernel instead of sums over
+   every activation.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ibau_jax.errors import check_name
+
+Params = Any
+Logits = Callable[[Params, jax.Array], jax.Array]
+CONVOLUTIONS = ("auto", "patches", "lax")
+
+
+class VGG(nn.Module):
+    """Three blocks of two (convolution, batch norm, ELU), max pooling and dropout; one dense layer.
+
+    Attributes:
+      num_classes: size of the output.
+      conv: `lax` (`lax.conv_general_dilated`, right for GPU and TPU), `patches` (matrix
+        products, right for a CPU), or `auto`, which asks the backend. The parameters are
+        the same.
+    """
+
+    num_classes: int
+    conv: str = "auto"
+    widths: tuple[int, ...] = (32, 64, 128)
+    dropout: tuple[float, ...] = (0.3, 0.4, 0.4)
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+        """images [N, 32, 32, 3] in [0, 1] -> logits [N, num_classes].
+
+        With `train`, batch statistics are used and collected, and dropout needs an rng.
+        """
+        x = images
+        for i, (width, rate) in enumerate(zip(self.widths, self.dropout, strict=True)):
+            x = ConvNormELU(width, self.conv, name=f"conv{2 * i + 1}")(x, train)
+            x = ConvNormELU(width, self.conv, name=f"conv{2 * i + 2}")(x, train)
+            x = max_pool(x)
+            x = nn.Dropout(rate)(x, deterministic=not train)
+        x = x.reshape(len(x), -1)
+        return nn.Dense(self.num_classes, name="classifier")(x)
+
+
+class ConvNormELU(nn.Module):
+    """Convolution 3x3 with bias, batch norm (eps 1e-5, momentum 0.9), ELU.
+
+    Running variances are unbiased, as PyTorch keeps them (flax's are not), so that imported
+    and trained models mean the same.
+    """
+
+    features: int
+    conv: str = "auto"
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        shape = (3, 3, x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.he_uniform(), shape)
+        bias = self.param("bias", nn.initializers.zeros, self.features)
+        scale = self.param("scale", nn.initializers.ones, self.features)
+        offset = self.param("offset", nn.initializers.zeros, self.features)
+        mean = self.variable("batch_stats", "mean", jnp.zeros, self.features)
+        var = self.variable("batch_stats", "var", jnp.ones, self.features)
+
+        if not train:
+            gain = scale * lax.rsqrt(var.value + 1e-5)
+            y = convolve(x, kernel * gain, self.conv)
+            return elu(y + ((bias - mean.value) * gain + offset))
+
+        y = convolve(x, kernel, self.conv) + bias
+        batch_mean = y.mean((0, 1, 2))
+        batch_var = jnp.square(y - batch_mean).mean((0, 1, 2))
+        if not self.is_initializing():
+            count = y.size // self.features
+            unbiased = batch_var * (count / max(count - 1, 1))
+            mean.value = 0.9 * mean.value + 0.1 * batch_mean
+            var.value = 0.9 * var.value + 0.1 * unbiased
+        return elu((y - batch_mean) * (scale * lax.rsqrt(batch_var + 1e-5)) + offset)
+
+
+def convolve(x: jax.Array, kernel: jax.Array, implementation: str = "auto") -> jax.Array:
+    """3x3 convolution, stride 1, zero padding 1: [N, H, W, C] and [3, 3, C, D] -> [N, H, W, D]."""
+    check_name("convolution", implementation, CONVOLUTIONS)
+    if implementation == "auto":
+        implementation = "patches" if jax.default_backend() == "cpu" else "lax"
+    if implementation == "lax":
+        return lax.conv_general_dilated(
+            x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+    height, width = x.shape[1:3]
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    # Three horizontal neighbours side by side: a third of the memory of all nine, and the
+    # three rows of the kernel are three products with shifted views of it.
+    rows = jnp.concatenate([padded[:, :, j : j + width] for j in range(3)], axis=-1)
+    flat = kernel.reshape(3, -1, kernel.shape[-1])
+    return sum(rows[:, i : i + height] @ flat[i] for i in range(3))  # pyright: ignore
+
+
+def max_pool(x: jax.Array) -> jax.Array:
+    """2x2 max pooling [N, H, W, C] -> [N, H/2, W/2, C]; equal values give the first the gradient.
+
+    That is PyTorch's rule and flax's. Sharing the gradient among equal values moves the first
+    step of the inner ascent by 3.5 % on real images.
+    """
+    n, h, w, c = x.shape
+    pairs = x.reshape(n, h // 2, 2, w // 2, 2, c)
+    left, right = pairs[:, :, :, :, 0], pairs[:, :, :, :, 1]
+    columns = jnp.where(left >= right, left, right)
+    upper, lower = columns[:, :, 0], columns[:, :, 1]
+    return jnp.where(upper >= lower, upper, lower)
+
+
+@jax.custom_jvp
+def elu(x: jax.Array) -> jax.Array:
+    """ELU with alpha 1. Its derivative is written with its value, so `exp` is computed once."""
+    return jnp.where(x > 0, x, jnp.expm1(jnp.minimum(x, 0)))
+
+
+@elu.defjvp
+def _elu_jvp(primals, tangents):
+    y = elu(*primals)
+    return y, tangents[0] * (jnp.minimum(y, 0) + 1)
+
+
+ARCHITECTURES: dict[str, type[VGG]] = {"vgg": VGG}
+
+
+def build(architecture: str, num_classes: int, conv: str = "auto") -> VGG:
+    """A module by name; an unknown name raises and tells the nearest."""
+    check_name("architecture", architecture, ARCHITECTURES)
+    return ARCHITECTURES[architecture](num_classes, conv)
+
+
+def evaluation_logits(module: nn.Module, variables: Mapping[str, Any]) -> Logits:
+    """The pure function `logits(params, images)` in evaluation mode.
+
+    Dropout is off and the running statistics of batch norm are fixed at those of
+    `variables`; scale and offset of batch norm are among `params` (`variables["params"]`).
+    """
+    fixed = {name: value for name, value in variables.items() if name != "params"}
+
+    def logits(params: Params, images: jax.Array) -> jax.Array:
+        return module.apply({"params": params, **fixed}, images)  # pyright: ignore
+
+    return logits

@@ -1,0 +1,322 @@
+"""The work behind the commands: each function takes plain values and returns a dict for JSON."""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import numpy as np
+
+from ibau_jax.attacks import Attack, make_attack, poison, trigger_from_files
+from ibau_jax.attacks.poison import ATTACKS, check_target
+from ibau_jax.checkpoint import Model, convert_pth, load_model, model_hash, save_model
+from ibau_jax.data import DATASETS, DataInfo, check_disjoint, data_info, load
+from ibau_jax.defenses import defense as find_defense
+from ibau_jax.errors import InputError, check_name
+from ibau_jax.files import make_folder
+from ibau_jax.metrics import Metrics, defense_effectiveness, evaluator, predict
+from ibau_jax.models import build, evaluation_logits
+from ibau_jax.report import PARTIAL, ROWS, Pictures, versions, write_pictures, write_rows
+from ibau_jax.report_html import write_report
+from ibau_jax.training import train
+
+Json = dict[str, Any]
+
+
+def train_model(
+    out: str | Path,
+    dataset: str,
+    attack: str = "badnets",
+    target: int | None = None,
+    poison_ratio: float = 0.2,
+    epochs: int | None = None,
+    seed: int = 0,
+    data_dir: str | None = None,
+    progress: bool = False,
+) -> Json:
+    """Train a model, poisoned or (attack `none`) clean, and write it to `out`."""
+    info = data_info(dataset)
+    check_name("attack", attack, ["none", *ATTACKS])
+    make_folder(Path(out).parent)
+    chosen = None if attack == "none" else make_attack(attack, info.num_classes, target)
+    data, held_out = load(dataset, "train", data_dir), load(dataset, info.split, data_dir)
+    if chosen is not None:
+        data, _ = poison(data, chosen, poison_ratio, seed)
+    epochs = (10 if dataset == "digits" else 50) if epochs is None else epochs
+    # Outside of loops, where training runs, `lax.conv` is the faster form on a CPU as well.
+    module = build("vgg", info.num_classes, conv="lax")
+
+    started = time.perf_counter()
+    measure: Callable[[Any], Metrics] | None = None
+
+    def evaluate(variables) -> Json:
+        # The running statistics of batch norm change, so they are arguments here.
+        nonlocal measure
+        if measure is None:
+            measure = evaluator(cast(Any, module.apply), held_out, chosen)
+        return measure(variables)._asdict()
+
+    variables, history = train(
+        module,
+        data,
+        epochs=epochs,
+        key=jax.random.key(seed),
+        evaluate=evaluate,
+        progress=progress,
+    )
+    trained = {
+        "seed": seed,
+        "epochs": epochs,
+        "poison_ratio": None if chosen is None else poison_ratio,
+        "versions": versions(),
+    }
+    model = Model(variables, "vgg", info.num_classes, dataset, chosen, trained)
+    save_model(out, model)
+    final = {k: history[-1].get(k) for k in Metrics._fields}
+    seconds = time.perf_counter() - started
+    return {"model": str(out), "attack": attack, "epochs": epochs, **final, "seconds": seconds}
+
+
+def evaluate_model(
+    model: str | Path,
+    dataset: str | None = None,
+    split: str | None = None,
+    attack: Attack | None = None,
+    data_dir: str | None = None,
+) -> Json:
+    """ACC, and ASR for the attack in the model's file (or the one given)."""
+    loaded = load_model(model)
+    info = _info_for(loaded, dataset, model)
+    data = load(info.name, split or info.split, data_dir)
+    chosen = attack or loaded.attack
+    logits = evaluation_logits(build(loaded.architecture, loaded.num_classes), loaded.variables)
+    found = evaluator(logits, data, chosen)(loaded.variables["params"])
+    return {
+        **found._asdict(),
+        "dataset": info.name,
+        "split": split or info.split,
+        "attack": chosen.name if chosen else None,
+        "target": chosen.target if chosen else None,
+        "model": str(model),
+        "model_hash": model_hash(loaded),
+    }
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    dataset: str = "cifar10",
+    attack: Attack | None = None,
+) -> Json:
+    """Import a published PyTorch checkpoint, with its trigger, as a model file of this project."""
+    info = data_info(dataset)
+    variables, classes, extra = convert_pth(source)
+    if classes != info.num_classes:
+        raise InputError(
+            f"{str(source)!r} has {classes} classes, the data set {dataset!r} has "
+            f"{info.num_classes}; give the data set that it was trained on by --dataset"
+        )
+    origin = {"source": Path(source).name, **extra}
+    model = Model(variables, "vgg", classes, dataset, attack, origin)
+    save_model(destination, model)
+    return {
+        "model": str(destination),
+        "model_hash": model_hash(model),
+        "dataset": dataset,
+        "num_classes": classes,
+        "attack": attack.name if attack else None,
+        "target": attack.target if attack else None,
+        **extra,
+    }
+
+
+def make_or_read_attack(
+    dataset: str,
+    attack: str | None = None,
+    target: int | None = None,
+    trigger: str | Path | None = None,
+    rule: str = "add",
+    mask: str | Path | None = None,
+) -> Attack | None:
+    """An attack from command-line values: by name, from a picture, or None."""
+    classes = data_info(dataset).num_classes
+    if trigger is None:
+        if mask is not None:
+            raise InputError("a trigger mask without a trigger: give the picture by --trigger")
+        if attack in (None, "none"):
+            return None
+        return make_attack(attack, classes, target)
+    if target is None:
+        raise InputError("a trigger from a picture needs its target label: give it by --target")
+    check_target(target, classes)
+    found = trigger_from_files(trigger, rule, mask)
+    if found.pattern.shape != (32, 32, 3):
+        raise InputError(
+            f"the trigger {str(trigger)!r} has shape {found.pattern.shape}: expected (32, 32, 3)"
+        )
+    return Attack(attack or Path(trigger).stem, found, target)
+
+
+def defend(
+    model: str | Path,
+    defense: str = "ibau",
+    preset: str | None = None,
+    dataset: str | None = None,
+    clean: str | None = None,
+    split: str | None = None,
+    rounds: int | None = None,
+    seed: int = 0,
+    out: str | Path | None = None,
+    data_dir: str | None = None,
+    progress: bool = False,
+    experiment: str = "defend",
+    on_note: Callable[[str], None] = lambda text: None,
+) -> Json:
+    """Clean a model, measure it before, after and after each round, and write all of it to `out`.
+
+    Args:
+      on_note: called with a line for the user, where something is worth knowing.
+
+    Returns:
+      The JSON of `ibau defend`; the folder holds `cleaned.safetensors`, `rows.jsonl`,
+      `report.npz` and `report.html`.
+    """
+    loaded = load_model(model)
+    info = _info_for(loaded, dataset, model)
+    run, preset, config = find_defense(defense, preset, info.name)
+    if rounds is not None:
+        config = replace(config, rounds=rounds)
+    clean, split = clean or info.clean, split or info.split
+    check_disjoint(clean, split, info.sizes)
+    clean_set, held_out = load(info.name, clean, data_dir), load(info.name, split, data_dir)
+    name = f"{Path(model).stem}-{defense}-{preset}-seed{seed}"
+    out = make_folder(out or Path("runs") / name)
+    if len(clean_set.labels) < config.batch_size:
+        on_note(
+            f"the clean set has {len(clean_set.labels)} images, fewer than a batch of "
+            f"{config.batch_size}: it is used as one batch"
+        )
+
+    params = loaded.variables["params"]
+    logits = evaluation_logits(build(loaded.architecture, loaded.num_classes), loaded.variables)
+    measure = evaluator(logits, held_out, loaded.attack)
+    described: Json = {
+        "experiment": experiment,
+        "dataset": info.name,
+        "attack": loaded.attack.name if loaded.attack else None,
+        "scenario": "one-target" if loaded.attack else None,
+        "defense": defense,
+        "preset": preset,
+        "seed": seed,
+        "n_clean": len(clean_set.labels),
+        "poison_ratio": loaded.info.get("poison_ratio"),
+        "device": jax.devices()[0].device_kind,
+        "num_devices": 1,
+        "versions": versions(),
+        "model_hash": model_hash(loaded),
+        "config": {k: repr(v) if k == "solver" else v for k, v in asdict_shallow(config).items()},
+    }
+    measured: list[Metrics] = []
+    rows: list[Json] = []
+
+    def evaluate(values) -> Json:
+        measured.append(measure(values))
+        return measured[-1]._asdict()
+
+    def on_round(record: Json) -> None:
+        der = defense_effectiveness(measured[0], measured[-1]) if record["round"] else None
+        rows.append({**described, **record, "der": der})
+        write_rows(out / PARTIAL, rows)
+
+    result = run(
+        logits,
+        params,
+        clean_set,
+        config=config,
+        key=jax.random.key(seed),
+        evaluate=evaluate,
+        on_round=on_round,
+        progress=progress,
+    )
+    for row in rows:
+        row["compile_seconds"] = result.compile_seconds
+
+    used = {"defense": defense, "preset": preset, "seed": seed}
+    variables = {**loaded.variables, "params": jax.tree.map(np.asarray, result.params)}
+    cleaned = save_model(
+        out / "cleaned.safetensors",
+        replace(loaded, variables=variables, info={**loaded.info, "cleaned_by": used}),
+    )
+    write_pictures(out, _pictures(loaded, logits, params, result, held_out))
+    write_rows(out / ROWS, rows)
+    (out / PARTIAL).unlink(missing_ok=True)
+    report = write_report(out)
+    keys = ("round", "acc", "asr", "asr_excl", "ra", "delta_norm", "seconds")
+    return {
+        "before": measured[0]._asdict(),
+        "after": measured[-1]._asdict(),
+        "der": rows[-1]["der"],
+        "rounds": [{k: row.get(k) for k in keys} for row in rows[1:]],
+        "seconds": result.seconds,
+        "compile_seconds": result.compile_seconds,
+        "model": str(cleaned),
+        "report": str(report),
+        "defense": defense,
+        "preset": preset,
+        "dataset": info.name,
+        "seed": seed,
+    }
+
+
+def demo(out: str | Path, seed: int = 0, progress: bool = False) -> Json:
+    """Train a backdoored model on the embedded digits and clean it: everything in two minutes."""
+    out = make_folder(out)
+    poisoned = out / "poisoned.safetensors"
+    trained = train_model(poisoned, "digits", "badnets", seed=seed, progress=progress)
+    found = defend(poisoned, seed=seed, out=out, progress=progress, experiment="demo")
+    return {**found, "train_seconds": trained["seconds"]}
+
+
+def asdict_shallow(config: Any) -> Json:
+    """Fields of a dataclass as they are (`dataclasses.asdict` would take solvers apart)."""
+    return {name: getattr(config, name) for name in asdict(config)}
+
+
+def _info_for(model: Model, dataset: str | None, path: str | Path) -> DataInfo:
+    if dataset is None and model.dataset not in DATASETS:
+        raise InputError(
+            f"{str(path)!r} was trained on {model.dataset!r}, which is not known here; give one of "
+            f"{', '.join(DATASETS)} by --dataset"
+        )
+    info = data_info(dataset or model.dataset)
+    if info.num_classes != model.num_classes:
+        raise InputError(
+            f"{str(path)!r} has {model.num_classes} classes, the data set {info.name!r} has "
+            f"{info.num_classes}; choose the data set that it was trained on by --dataset"
+        )
+    return info
+
+
+def _pictures(model: Model, logits, params, result, held_out, count: int = 12) -> Pictures:
+    labels = np.asarray(held_out.labels)
+    target = model.attack.target if model.attack else -1
+    rows = np.flatnonzero(labels != target)[:count]
+    images, labels = np.asarray(held_out.images)[rows], labels[rows]
+    run = predict(logits)
+    trigger, triggered = np.empty(0, np.float32), np.empty(0, np.float32)
+    if model.attack:
+        triggered = np.asarray(model.attack.trigger(images))
+        pattern = model.attack.trigger.pattern
+        trigger = pattern / max(float(pattern.max()), 1e-6)
+    shown = triggered if model.attack else images
+    return Pictures(
+        trigger=trigger,
+        deltas=result.deltas,
+        images=images,
+        triggered=triggered,
+        labels=labels,
+        before=run(params, shown),
+        after=run(result.params, shown),
+    )

@@ -1,0 +1,35 @@
+"""Progress bars on stderr; stdout stays free for results."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+console = Console(stderr=True)
+
+
+@contextlib.contextmanager
+def progress_bar(
+    total: int, title: str, enabled: bool = True
+) -> Iterator[Callable[[int, str], None]]:
+    """Yield `advance(steps, note)`; prints nothing unless `enabled`.
+
+    `note` (kept until the next one that is not empty) stands behind the bar.
+    """
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console, disable=not enabled) as progress:
+        task = progress.add_task(title, total=total, note="")
+
+        def advance(steps: int, note: str = "") -> None:
+            progress.advance(task, steps)
+            if note:
+                progress.update(task, note=note)
+
+        yield advance

@@ -1,0 +1,136 @@
+"""Results on disk: `rows.jsonl` (one JSON object a line), tables, and the arrays of a report."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from ibau_jax.errors import InputError
+from ibau_jax.files import atomic_path, write_text
+
+ROWS, ARRAYS, HTML = "rows.jsonl", "report.npz", "report.html"
+PARTIAL = "rows.partial.jsonl"  # while a run goes on: earlier results stay until it ends
+Row = dict[str, Any]
+
+
+class Pictures(NamedTuple):
+    """Arrays of a report; H, W, C are those of the images, values in [0, 1].
+
+    Attributes:
+      trigger: the true trigger as a picture [H, W, C], or empty where it is not known.
+      deltas: perturbation at the end of each round [rounds, H, W, C], any range.
+      images: a few clean test images [N, H, W, C].
+      triggered: the same with the trigger [N, H, W, C], or empty.
+      labels: true labels int [N].
+      before, after: predictions for `triggered` (for `images` where there is none) int [N].
+    """
+
+    trigger: np.ndarray
+    deltas: np.ndarray
+    images: np.ndarray
+    triggered: np.ndarray
+    labels: np.ndarray
+    before: np.ndarray
+    after: np.ndarray
+
+
+def write_rows(path: str | Path, rows: Iterable[Row]) -> None:
+    """Write rows, one JSON object a line, whole or not at all."""
+    lines = [json.dumps(row, default=_plain, sort_keys=False) for row in rows]
+    write_text(path, "".join(line + "\n" for line in lines))
+
+
+def read_rows(folder: str | Path) -> list[Row]:
+    """The rows of a finished run in `folder`, else those of an interrupted one.
+
+    Raises:
+      InputError: there are none, or they are damaged.
+    """
+    for path in (Path(folder) / ROWS, Path(folder) / PARTIAL):
+        if path.is_file():
+            try:
+                rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+            except ValueError as error:
+                raise InputError(
+                    f"{str(path)!r} is damaged: {error}; run 'ibau defend' again"
+                ) from error
+            if rows:
+                return rows
+    raise InputError(
+        f"no results in {str(folder)!r}: expected a file {ROWS} with at least one row; "
+        "make one with 'ibau defend --out' or 'ibau demo --out'"
+    )
+
+
+def write_pictures(folder: str | Path, pictures: Pictures) -> None:
+    """Write the arrays of a report to `folder`."""
+    with atomic_path(Path(folder) / ARRAYS) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, **pictures._asdict())
+
+
+def read_pictures(folder: str | Path) -> Pictures | None:
+    """The arrays of a report; None where a run was interrupted before it wrote them."""
+    path = Path(folder) / ARRAYS
+    if not path.is_file():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return Pictures(**{name: stored[name] for name in Pictures._fields})
+    except Exception as error:  # a damaged zip raises several types
+        raise InputError(f"{str(path)!r} is damaged: {error}; run 'ibau defend' again") from error
+
+
+def table(rows: list[Row]) -> Table:
+    """ACC, ASR and the rest over the rounds, for the terminal."""
+    last = rows[-1]
+    title = f"{last['defense']} ({last['preset']}) on {last['dataset']}, {last['attack']}"
+    built = Table(title=title, title_justify="left")
+    for name in ("round", "ACC", "ASR", "ASR excl.", "RA", "DER", "|delta|", "seconds"):
+        built.add_column(name, justify="right")
+    for row in rows:
+        cells = [text(row.get(k)) for k in ("acc", "asr", "asr_excl", "ra", "der")]
+        round_ = "before" if row["round"] == 0 else str(row["round"])
+        norm, seconds = text(row.get("delta_norm"), 2), text(row.get("seconds"), 1)
+        built.add_row(round_, *cells, norm, seconds)
+    return built
+
+
+def print_table(rows: list[Row], console: Console) -> None:
+    """Print `table(rows)` and, if any, what the numbers mean."""
+    console.print(table(rows))
+    console.print(
+        "ACC: clean accuracy. ASR: triggered images that get the target (excl.: without images "
+        "of the target class). RA: triggered images that get their true label.",
+        style="dim",
+    )
+
+
+def text(value: float | None, digits: int = 3) -> str:
+    """A number for a table; a dash where there is none."""
+    return "-" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    found = {}
+    for package in ("ibau_jax", "jax", "jaxlib", "flax", "optax", "jaxopt", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # run from a source folder without installing
+            found[package] = "unknown"
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """JSON for NumPy scalars, mappings and frozen settings."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Mapping):
+        return dict(value)
+    return repr(value)

@@ -1,0 +1,175 @@
+"""One self-contained HTML file: numbers, curves and pictures, nothing from the network."""
+
+import base64
+import html
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ibau_jax.data import data_info
+from ibau_jax.files import write_text
+from ibau_jax.report import HTML, Pictures, Row, read_pictures, read_rows, text
+
+_STYLE = """
+:root { --ink: #1b1f24; --dim: #6a737d; --line: #d8dee4; --good: #1a7f37; --bad: #cf222e; }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); max-width: 60rem;
+       margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.6rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
+p.dim, figcaption { color: var(--dim); font-size: .9rem; }
+table { border-collapse: collapse; } th, td { padding: .3rem .8rem; text-align: right;
+       border-bottom: 1px solid var(--line); } th { font-weight: 600; }
+.cards { display: flex; flex-wrap: wrap; gap: 1rem; margin: 1rem 0; }
+.card { border: 1px solid var(--line); border-radius: 8px; padding: .7rem 1.1rem; min-width: 9rem; }
+.card b { display: block; font-size: 1.5rem; } .card span { color: var(--dim); font-size: .9rem; }
+.strip { display: flex; flex-wrap: wrap; gap: .9rem; } figure { margin: 0; width: 7rem; }
+figure img { width: 7rem; height: 7rem; image-rendering: pixelated; border: 1px solid var(--line); }
+figcaption { line-height: 1.35; overflow-wrap: anywhere; }
+.good { color: var(--good); } .bad { color: var(--bad); }
+img.plot { max-width: 100%; }
+pre { background: #f6f8fa; padding: .8rem; overflow-x: auto; font-size: .85rem; }
+"""
+
+
+def write_report(folder: str | Path) -> Path:
+    """Make `report.html` from the rows and arrays in `folder`; returns its path."""
+    rows, pictures = read_rows(folder), read_pictures(folder)
+    path = Path(folder) / HTML
+    write_text(path, render(rows, pictures))
+    return path
+
+
+def render(rows: list[Row], pictures: Pictures | None) -> str:
+    """The page, as text. `rows`: round 0 is the model as given."""
+    before, after = rows[0], rows[-1]
+    title = f"{after['defense']} on {after['dataset']} ({after['attack']})"
+    about = (
+        f"Preset {after['preset']}, seed {after['seed']}, {after['n_clean']} clean images, "
+        f"{len(rows) - 1} round(s); measured on {after['n']} other images, on {after['device']}."
+    )
+    parts = [
+        f"<h1>{html.escape(title)}</h1><p class=dim>{html.escape(about)}</p>",
+        _cards(before, after),
+        "<h2>Rounds</h2>",
+        f"<img class=plot alt='ACC and ASR over rounds' src='{_curve(rows)}'>",
+        _table(rows),
+    ]
+    if pictures is not None:
+        parts += [_perturbations(rows, pictures), _predictions(after, pictures)]
+    settings = "\n".join(f"{k}: {v}" for k, v in after["config"].items())
+    used = ", ".join(f"{k} {v}" for k, v in after["versions"].items())
+    parts.append(
+        f"<h2>Settings</h2><pre>{html.escape(settings)}</pre>"
+        f"<p class=dim>{html.escape(used)}; model {html.escape(str(after['model_hash']))}</p>"
+    )
+    return (
+        "<!doctype html><html lang=en><meta charset=utf-8>"
+        "<meta name=viewport content='width=device-width, initial-scale=1'>"
+        f"<title>{html.escape(title)}</title><style>{_STYLE}</style>"
+        f"<body>{''.join(parts)}</body></html>\n"
+    )
+
+
+def _cards(before: Row, after: Row) -> str:
+    shown = (
+        ("acc", "ACC", "accuracy on clean images"),
+        ("asr", "ASR", "triggered images that get the target"),
+        ("asr_excl", "ASR excl.", "the same without target-class images"),
+        ("ra", "RA", "triggered images that get their true label"),
+    )
+    cards = [
+        f"<div class=card title='{meaning}'><span>{name}</span>"
+        f"<b>{text(before[key])} &rarr; {text(after[key])}</b></div>"
+        for key, name, meaning in shown
+        if after.get(key) is not None
+    ]
+    return f"<div class=cards>{''.join(cards)}</div>"
+
+
+def _table(rows: list[Row]) -> str:
+    names = ("round", "ACC", "ASR", "ASR excl.", "RA", "DER", "|delta|", "residual", "seconds")
+    head = "".join(f"<th>{n}</th>" for n in names)
+    body = []
+    for row in rows:
+        cells = ["before" if row["round"] == 0 else str(row["round"])]
+        cells += [text(row.get(k)) for k in ("acc", "asr", "asr_excl", "ra", "der")]
+        cells += [text(row.get("delta_norm"), 2), text(row.get("residual"), 3)]
+        cells += [text(row.get("seconds"), 1)]
+        body.append("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in cells) + "</tr>")
+    return f"<table><tr>{head}</tr>{''.join(body)}</table>"
+
+
+def _curve(rows: list[Row]) -> str:
+    """ACC, ASR and RA over rounds, as a data URI (SVG)."""
+    from matplotlib.figure import Figure  # slow to import; no global state, no display
+
+    figure = Figure(figsize=(7, 3), layout="constrained")
+    axes = figure.subplots()
+    rounds = [row["round"] for row in rows]
+    for key, name, style in (
+        ("acc", "ACC", "o-"),
+        ("asr", "ASR", "s-"),
+        ("asr_excl", "ASR excl.", "s--"),
+        ("ra", "RA", "^:"),
+    ):
+        if rows[-1].get(key) is not None:
+            axes.plot(rounds, [row[key] for row in rows], style, label=name)
+    axes.set(xlabel="round", ylim=(-0.03, 1.03), xticks=rounds)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    stream = io.BytesIO()
+    figure.savefig(stream, format="svg")
+    return _data_uri(stream.getvalue(), "image/svg+xml")
+
+
+def _perturbations(rows: list[Row], pictures: Pictures) -> str:
+    figures = []
+    if len(pictures.trigger):
+        figures.append(_figure(pictures.trigger, "the true trigger"))
+    norms = {row["round"]: row.get("delta_norm") for row in rows}
+    for i, delta in enumerate(pictures.deltas, start=1):
+        largest = float(np.abs(delta).max()) or 1.0
+        caption = f"found in round {i}: norm {text(norms.get(i), 2)}, largest {largest:.2f}"
+        figures.append(_figure(0.5 + 0.5 * delta / largest, html.escape(caption)))
+    return (
+        "<h2>Trigger and perturbations</h2><p class=dim>A perturbation is scaled so that grey is "
+        "zero and its largest value is white or black. I-BAU looks for any perturbation that "
+        "fools the model, so it need not look like the trigger.</p>"
+        f"<div class=strip>{''.join(figures)}</div>"
+    )
+
+
+def _predictions(row: Row, pictures: Pictures) -> str:
+    names = data_info(row["dataset"]).class_names
+    triggered = len(pictures.triggered) > 0
+    figures = []
+    for image, label, before, after in zip(
+        pictures.triggered if triggered else pictures.images,
+        pictures.labels,
+        pictures.before,
+        pictures.after,
+        strict=True,
+    ):
+        caption = f"true: {html.escape(names[label])}"
+        for when, found in (("before", before), ("after", after)):
+            mark = "good" if found == label else "bad"
+            caption += f"<br>{when}: <span class={mark}>{html.escape(names[found])}</span>"
+        figures.append(_figure(image, caption))
+    what = "Triggered images" if triggered else "Images"
+    return f"<h2>{what} and predictions</h2><div class=strip>{''.join(figures)}</div>"
+
+
+def _figure(image: np.ndarray, caption: str) -> str:
+    """A picture [H, W, C] in [0, 1] with a caption that is HTML already."""
+    pixels = np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
+    if pixels.shape[-1] == 1:
+        pixels = np.repeat(pixels, 3, axis=-1)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    uri = _data_uri(stream.getvalue(), "image/png")
+    return f"<figure><img alt='' src='{uri}'><figcaption>{caption}</figcaption></figure>"
+
+
+def _data_uri(content: bytes, kind: str) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
