@@ -150,7 +150,9 @@ class IBAUConfig:
     def inner_transform(self) -> optax.GradientTransformation:
         """The optimiser of an ascent (it descends on the inner loss)."""
         if self.inner_optimizer == "relative":
-            direction = optax.scale_by_sign() if self.norm == "linf" else optax.normalize_by_update_norm()
+            direction = (
+                optax.scale_by_sign() if self.norm == "linf" else optax.normalize_by_update_norm()
+            )
             return optax.chain(direction, optax.scale(-self.inner_rate * self.radius))
         return _OPTIMIZERS[self.inner_optimizer](self.inner_rate)
 

@@ -16,7 +16,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from ibau_jax.data.tfds_source import crop
+from ibau_jax.data.tfds_source import resize
 
 SITE = "https://sid.erda.dk/public/archives/daaeac0d7ce1152aea9b61d9f1e19370"
 ARCHIVES = {
@@ -82,19 +82,12 @@ class Gtsrb(tfds.core.GeneratorBasedBuilder):
         for folder, row, archive in annotations(images, labels):
             with Image.open(io.BytesIO(archive.read(f"{folder}{row['Filename']}"))) as picture:
                 frame = np.asarray(picture.convert("RGB"))
-            height, width = frame.shape[:2]
             # Roi.X2 and Roi.Y2 are the first column and row outside the sign.
-            sign = np.array(
-                [
-                    int(row["Roi.Y1"]) / height,
-                    int(row["Roi.X1"]) / width,
-                    int(row["Roi.Y2"]) / height,
-                    int(row["Roi.X2"]) / width,
-                ]
-            )
+            left, top, right, bottom = (int(row[f"Roi.{c}"]) for c in ("X1", "Y1", "X2", "Y2"))
+            sign = resize(frame[top:bottom, left:right])
             key = f"{row['ClassId']}/{row['Filename']}"
             stream = io.BytesIO()  # TFDS would encode an array with TensorFlow
-            Image.fromarray(crop(frame, sign)).save(stream, "PNG")
+            Image.fromarray(sign).save(stream, "PNG")
             stream.seek(0)
             yield key, {"image": stream, "label": int(row["ClassId"]), "bbox": WHOLE}
 

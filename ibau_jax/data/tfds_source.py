@@ -1,7 +1,9 @@
 """CIFAR-10 and GTSRB through TensorFlow Datasets, without TensorFlow (`tfds.data_source`)."""
 
+import contextlib
 import hashlib
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,7 +79,8 @@ def prepare(name: str, data_dir: str | Path | None = None, archives: str | Path 
             ) from error
         builder = tfds.builder("cifar10", data_dir=root, file_format="array_record")
     try:
-        builder.download_and_prepare()
+        with contextlib.redirect_stdout(sys.stderr):  # TFDS tells its progress there
+            builder.download_and_prepare()
     except Exception as error:
         raise InputError(
             f"could not prepare {name} in {root}: {_first_line(error)}; check the connection "
@@ -118,20 +121,24 @@ def _arrange_gtsrb(records: list[dict]) -> Arrays:
     return _stack([crop(r["image"], r["bbox"]) for r in records], records)
 
 
-def crop(image: np.ndarray, bbox: np.ndarray, size: int = 32) -> np.ndarray:
-    """Crop to a region and resize (bilinear).
+def crop(image: np.ndarray, bbox: np.ndarray) -> np.ndarray:
+    """Crop to a region and resize.
 
     Args:
       image: uint8 [H, W, 3].
       bbox: (ymin, xmin, ymax, xmax), each in [0, 1] of the image.
 
     Returns:
-      uint8 [size, size, 3].
+      uint8 [32, 32, 3].
     """
     height, width = image.shape[:2]
     top, left, bottom, right = (float(b) for b in bbox)
-    box = (left * width, top * height, right * width, bottom * height)
-    resized = Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR, box=box)
+    return resize(image, (left * width, top * height, right * width, bottom * height))
+
+
+def resize(image: np.ndarray, box: tuple[float, float, float, float] | None = None) -> np.ndarray:
+    """Bilinear to 32x32; `box`: (left, upper, right, lower) part of the image, in pixels."""
+    resized = Image.fromarray(image).resize((32, 32), Image.Resampling.BILINEAR, box=box)
     return np.asarray(resized)
 
 
