@@ -12,6 +12,7 @@ products are formed (`hypergradient`: `jax.linearize` and `jax.jvp`; `hypergradi
 `jaxopt.implicit_diff.root_vjp`).
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -90,7 +91,8 @@ class NormalCG:
         def advance(state):
             x, residual, direction, squared, step = state
             image = normal(direction)
-            length = squared / dot(direction, image)
+            curvature = dot(direction, image)  # may underflow to 0 where rhs is tiny
+            length = jnp.where(curvature > 0, squared / jnp.maximum(curvature, 1e-38), 0.0)
             x = add(x, scale(length, direction))
             residual = add(residual, scale(-length, image))
             fresh = dot(residual, residual)
@@ -159,7 +161,9 @@ def hypergradient_jaxopt(
 
     Arguments and results as `hypergradient`; a second, independent route to compare with.
     """
-    from jaxopt.implicit_diff import root_vjp  # no longer developed: imported here only
+    with warnings.catch_warnings():  # no longer developed, and says so: imported here only
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from jaxopt.implicit_diff import root_vjp
 
     reports = []
 

@@ -1,0 +1,61 @@
+"""Shared settings: strict arrays, a private cache, and the places of real data where there are."""
+
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import settings
+
+from ibau_jax.data import Dataset, load
+
+settings.register_profile("ci", deadline=None, max_examples=8, derandomize=True)
+settings.load_profile("ci")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def private_cache(tmp_path_factory):
+    """Tests neither use nor fill the user's cache of decoded data (`.ci/run` sets its own)."""
+    os.environ.setdefault("IBAU_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture
+def x64():
+    """Float64 for one test."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(scope="session")
+def reference() -> Path:
+    """The folder of the published models, or skip."""
+    folder = os.environ.get("IBAU_REFERENCE")
+    if not folder:
+        pytest.skip("IBAU_REFERENCE does not name the folder of the published models")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def cifar10() -> Dataset:
+    """The first 5000 and the last 5000 test images of the real CIFAR-10, or skip."""
+    if not os.environ.get("TFDS_DATA_DIR"):
+        pytest.skip("TFDS_DATA_DIR does not name a folder with prepared data sets")
+    return load("cifar10", "test")
+
+
+@pytest.fixture
+def linear():
+    """A small model that is not of this package: `logits`, parameters, and images of 6x5x2."""
+    rng = np.random.default_rng(0)
+    params = {
+        "w": rng.normal(size=(60, 3)).astype(np.float32),
+        "b": np.zeros(3, np.float32),
+    }
+    images = rng.uniform(size=(24, 6, 5, 2)).astype(np.float32)
+
+    def logits(params, images):
+        return images.reshape(len(images), -1) @ params["w"] + params["b"]
+
+    labels = np.asarray(logits(params, images)).argmax(-1).astype(np.int32)
+    return logits, params, Dataset(images, labels)
