@@ -195,7 +195,8 @@ def _expected_shapes(architecture: str, num_classes: int) -> dict[str, tuple[int
 
     module = build(architecture, max(num_classes, 1))
     shapes = jax.eval_shape(module.init, jax.random.key(0), jax.numpy.zeros((1, 32, 32, 3)))
-    return {name: tuple(s.shape) for name, s in flatten_dict(shapes, sep="/").items()}
+    flat: dict[str, Any] = flatten_dict(shapes, sep="/")
+    return {name: tuple(leaf.shape) for name, leaf in flat.items()}
 
 
 # Place in the published `features` of each convolution; its batch norm comes next.

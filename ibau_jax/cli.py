@@ -3,10 +3,15 @@
 Exit status 0: done; 2: a bad argument or unreadable input, told in one line.
 """
 
+import contextlib
+import functools
+import io
 import json
 import logging
 import os
+import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +22,18 @@ from tyro.conf import Positional, arg
 from ibau_jax.errors import InputError
 
 app = tyro.extras.SubcommandApp()
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Register a command. Parsing gives the call to make, so that the two can fail apart."""
+
+    @functools.wraps(function)
+    def bind(*args: Any, **kwargs: Any) -> Callable[[], None]:
+        return functools.partial(function, *args, **kwargs)
+
+    app.command(bind)
+    return function
+
 
 DataDir = Annotated[
     str | None,
@@ -33,7 +50,7 @@ TriggerRule = Annotated[
 TriggerMask = Annotated[Path | None, arg(help="mask for the rule replace, an .npy file")]
 
 
-@app.command
+@command
 def demo(out: Path = Path("ibau-demo"), seed: Seed = 0, json: AsJson = False) -> None:
     """Train a backdoored model on handwritten digits and remove the backdoor (two minutes).
 
@@ -45,7 +62,7 @@ def demo(out: Path = Path("ibau-demo"), seed: Seed = 0, json: AsJson = False) ->
     _finish(pipeline.demo(out, seed, progress=True), json, rows=out)
 
 
-@app.command
+@command
 def train(
     out: Annotated[Path, arg(help="model file to write (.safetensors)")],
     dataset: Annotated[str, arg(help="digits, cifar10 or gtsrb")] = "digits",
@@ -66,7 +83,7 @@ def train(
     _finish(found, json)
 
 
-@app.command
+@command
 def evaluate(
     model: Annotated[Path, arg(help="model file")],
     dataset: DataName = None,
@@ -97,7 +114,7 @@ def evaluate(
     _finish(pipeline.evaluate_model(model, dataset, split, chosen, data_dir), json)
 
 
-@app.command
+@command
 def defend(
     model: Annotated[Path, arg(help="model file")],
     defense: Annotated[str, arg(help="ibau")] = "ibau",
@@ -135,7 +152,7 @@ def defend(
     _finish(found, json, rows=Path(found["report"]).parent)
 
 
-@app.command
+@command
 def convert(
     source: Positional[Path],
     destination: Positional[Path],
@@ -161,7 +178,7 @@ def convert(
     _finish(pipeline.convert(source, destination, dataset, chosen), json)
 
 
-@app.command
+@command
 def report(folder: Positional[Path], seed: Seed = 0, json: AsJson = False) -> None:
     """Show the table of a run and write its report.html again."""
     from ibau_jax.report import read_rows
@@ -172,7 +189,7 @@ def report(folder: Positional[Path], seed: Seed = 0, json: AsJson = False) -> No
     _finish({"rows": rows, "report": str(write_report(folder))}, json, rows=folder)
 
 
-@app.command
+@command
 def prepare(
     dataset: Positional[str],
     archives: Annotated[
@@ -195,12 +212,7 @@ def main(arguments: list[str] | None = None) -> int:
     logging.getLogger("absl").setLevel(logging.ERROR)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
-        app.cli(
-            prog="ibau",
-            description="Backdoor removal with I-BAU in JAX.",
-            args=arguments,
-            config=(tyro.conf.FlagCreatePairsOff,),
-        )
+        _parse(arguments)()
     except InputError as error:
         print(f"ibau: {error}", file=sys.stderr)
         return 2
@@ -208,6 +220,26 @@ def main(arguments: list[str] | None = None) -> int:
         print("ibau: interrupted; results of earlier runs are untouched", file=sys.stderr)
         return 130
     return 0
+
+
+def _parse(arguments: list[str] | None) -> Callable[[], None]:
+    """The call that a command line asks for; tyro's box of errors becomes one line."""
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return app.cli(
+                prog="ibau",
+                description="Backdoor removal with I-BAU in JAX.",
+                args=arguments,
+                config=(tyro.conf.FlagCreatePairsOff,),
+            )
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        printable = re.sub(r"[^ -~]+|-{3,}", " ", complaint.getvalue())
+        words = " ".join(printable.split()).partition("Argument helptext")[0]
+        words = words.partition("For full helptext")[0].strip()
+        raise InputError(f"{words}; see 'ibau --help' or 'ibau COMMAND --help'") from None
 
 
 def run() -> None:

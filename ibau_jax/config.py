@@ -35,6 +35,7 @@ class IBAUConfig:
       share: share of each outer batch that carries delta; at least one image always does.
       outer_optimizer: `sgd` or `adam`.
       outer_rate: its rate.
+      outer_clip: largest norm of the gradient that the optimiser is given; None: no limit.
       outer_decay: `none`, or `cosine` to zero over all rounds.
       hessian: batch of the inner loss in the hypergradient: `first` or the `same` as the outer.
       hessian_images: how many images of that batch; None: all.
@@ -58,6 +59,7 @@ class IBAUConfig:
     share: float = 0.1
     outer_optimizer: str = "adam"
     outer_rate: float = 1e-3
+    outer_clip: float | None = 1.0
     outer_decay: str = "cosine"
     hessian: str = "same"
     hessian_images: int | None = 20
@@ -103,6 +105,7 @@ class IBAUConfig:
             share=1.0,
             outer_optimizer="sgd",
             outer_rate=0.1,
+            outer_clip=None,
             outer_decay="none",
             hessian_images=None,
             solver=Neumann(terms=5, step=0.1),
@@ -128,6 +131,7 @@ class IBAUConfig:
             share=0.01,
             outer_optimizer="adam",
             outer_rate=1e-3,
+            outer_clip=None,
             outer_decay="none",
             hessian="first",
             hessian_images=None,
@@ -161,7 +165,10 @@ class IBAUConfig:
         rate: Any = self.outer_rate
         if self.outer_decay == "cosine":
             rate = optax.cosine_decay_schedule(self.outer_rate, steps)
-        return _OPTIMIZERS[self.outer_optimizer](rate)
+        optimizer = _OPTIMIZERS[self.outer_optimizer](rate)
+        if self.outer_clip is None:
+            return optimizer
+        return optax.chain(optax.clip_by_global_norm(self.outer_clip), optimizer)
 
     def schedule(self, num_batches: int) -> list[tuple[int, int]]:
         """Ranges of outer batches in a round; an ascent comes before each."""

@@ -80,7 +80,7 @@ def read_pictures(folder: str | Path) -> Pictures | None:
     if not path.is_file():
         return None
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             return Pictures(**{name: stored[name] for name in Pictures._fields})
     except Exception as error:  # a damaged zip raises several types
         raise InputError(f"{str(path)!r} is damaged: {error}; run 'ibau defend' again") from error

@@ -59,3 +59,33 @@ def linear():
 
     labels = np.asarray(logits(params, images)).argmax(-1).astype(np.int32)
     return logits, params, Dataset(images, labels)
+
+
+def random_variables(classes: int = 10, seed: int = 0) -> dict:
+    """Flax variables of a VGG with random weights, without compiling its initialisation."""
+    from ibau_jax.models import VGG
+
+    shapes = jax.eval_shape(VGG(classes).init, jax.random.key(0), jax.numpy.zeros((1, 32, 32, 3)))
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        name = path[-1].key
+        if name == "kernel":  # He
+            spread = (2 / leaf.size * leaf.shape[-1]) ** 0.5
+            return rng.normal(scale=spread, size=leaf.shape).astype(np.float32)
+        if name in ("scale", "var"):
+            return rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32)
+        return rng.normal(scale=0.1, size=leaf.shape).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+@pytest.fixture(scope="session")
+def digits_model(tmp_path_factory) -> Path:
+    """A model file for `digits` with random weights and the BadNets trigger."""
+    from ibau_jax.attacks import make_attack
+    from ibau_jax.checkpoint import Model, save_model
+
+    path = tmp_path_factory.mktemp("model") / "random.safetensors"
+    model = Model(random_variables(), "vgg", 10, "digits", make_attack("badnets", 10), {"seed": 0})
+    return save_model(path, model)

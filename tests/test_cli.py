@@ -1,0 +1,267 @@
+"""The real commands on small runs, and one clear line for each kind of bad input."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import random_variables
+from PIL import Image
+
+from ibau_jax.checkpoint import Model, load_model, save_model
+from ibau_jax.cli import main
+from ibau_jax.report import ARRAYS, HTML, PARTIAL, ROWS, read_rows
+
+SMALL = ["--clean", "test[:20]", "--split", "test[760:]", "--rounds", "1"]
+
+
+def run(capsys, *arguments):
+    """Exit status, stdout and stderr of `ibau ARGUMENTS`."""
+    status = main([str(a) for a in arguments])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def refused(capsys, *arguments):
+    """The one line of a refused command."""
+    status, out, err = run(capsys, *arguments)
+    assert status == 2 and out == "" and "Traceback" not in err
+    lines = [line for line in err.splitlines() if line]
+    assert len(lines) == 1 and lines[0].startswith("ibau: "), err
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def defended(digits_model, tmp_path_factory):
+    """Folder and JSON of one small run of `ibau defend`."""
+    out = tmp_path_factory.mktemp("run") / "made"
+    command = [sys.executable, "-m", "ibau_jax", "defend", "--model", str(digits_model)]
+    done = subprocess.run(
+        [*command, *SMALL, "--json", "--out", str(out)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return out, json.loads(done.stdout)
+
+
+def test_defend_writes_everything(defended, digits_model):
+    out, found = defended
+    assert {p.name for p in out.iterdir()} == {ROWS, ARRAYS, HTML, "cleaned.safetensors"}
+    assert found["model"] == str(out / "cleaned.safetensors")
+    for when in ("before", "after"):
+        assert set(found[when]) == {"acc", "asr", "asr_excl", "ra", "n"}
+    assert found["before"]["n"] == 40
+    (record,) = found["rounds"]
+    keys = ["round", "acc", "asr", "asr_excl", "ra", "delta_norm", "seconds"]
+    assert list(record) == keys and record["acc"] == found["after"]["acc"]
+    assert found["seconds"] == record["seconds"] > 0 and found["compile_seconds"] > 0
+    rows = read_rows(out)
+    assert [r["round"] for r in rows] == [0, 1]
+    expected = """experiment dataset attack scenario defense preset seed n_clean poison_ratio round
+        acc asr asr_excl ra der seconds compile_seconds device num_devices versions model_hash
+        config"""
+    assert set(expected.split()) <= set(rows[1])
+    cleaned, given = load_model(found["model"]), load_model(digits_model)
+    kernel = cleaned.variables["params"]["conv1"]["kernel"]
+    assert np.abs(kernel - given.variables["params"]["conv1"]["kernel"]).max() > 0
+    assert cleaned.attack is not None and cleaned.info["cleaned_by"]["preset"] == "default"
+
+
+def test_evaluate_agrees_with_defend(capsys, defended):
+    _, found = defended
+    status, out, _ = run(
+        capsys, "evaluate", "--model", found["model"], "--split", "test[760:]", "--json"
+    )
+    measured = json.loads(out)
+    assert status == 0
+    assert {k: measured[k] for k in found["after"]} == found["after"]
+
+
+def test_report_is_made_again(capsys, defended):
+    out, _ = defended
+    (out / HTML).unlink()
+    status, printed, _ = run(capsys, "report", out)
+    assert status == 0 and (out / HTML).is_file()
+    assert "before" in printed and "ASR" in printed
+
+
+def test_train_then_evaluate(capsys, tmp_path):
+    path = tmp_path / "m.safetensors"
+    status, out, err = run(
+        capsys,
+        "train",
+        "--dataset",
+        "digits",
+        "--target",
+        3,
+        "--epochs",
+        1,
+        "--out",
+        path,
+        "--json",
+    )
+    trained = json.loads(out)
+    assert status == 0 and "train" in err
+    status, out, _ = run(capsys, "evaluate", "--model", path, "--json")
+    measured = json.loads(out)
+    assert measured["target"] == 3 and measured["n"] == trained["n"] == 400
+    assert measured["acc"] == pytest.approx(trained["acc"], abs=0.01)  # another convolution
+    assert measured["acc"] > 0.3, "one epoch on digits learns something"
+    status, out, _ = run(capsys, "evaluate", "--model", path)
+    assert status == 0 and "acc" in out and "{" not in out
+
+
+def test_evaluate_with_a_picture_as_trigger(capsys, digits_model, tmp_path):
+    Image.new("RGB", (32, 32)).save(tmp_path / "black.png")
+    common = ["--model", digits_model, "--split", "test[760:]", "--json"]
+    _, out, _ = run(capsys, "evaluate", *common, "--trigger", tmp_path / "black.png", "--target", 1)
+    found = json.loads(out)
+    # A black picture that is added changes nothing: RA is the accuracy on the other classes.
+    assert found["attack"] == "black" and found["target"] == 1
+    assert 0 <= found["asr_excl"] <= 1 and found["n"] == 40
+
+
+def test_convert_carries_the_trigger(capsys, tmp_path):
+    torch = pytest.importorskip("torch")
+    state, shapes = {}, random_variables()
+    for i, place in enumerate((0, 3, 8, 11, 16, 19)):
+        p, s = shapes["params"][f"conv{i + 1}"], shapes["batch_stats"][f"conv{i + 1}"]
+        state[f"features.{place}.weight"] = torch.tensor(p["kernel"].transpose(3, 2, 0, 1).copy())
+        state[f"features.{place}.bias"] = torch.tensor(p["bias"])
+        state[f"features.{place + 1}.weight"] = torch.tensor(p["scale"])
+        state[f"features.{place + 1}.bias"] = torch.tensor(p["offset"])
+        state[f"features.{place + 1}.running_mean"] = torch.tensor(s["mean"])
+        state[f"features.{place + 1}.running_var"] = torch.tensor(s["var"])
+        state[f"features.{place + 1}.num_batches_tracked"] = torch.tensor(1)
+    kernel = shapes["params"]["classifier"]["kernel"]
+    kernel = kernel.reshape(4, 4, 128, 10).transpose(3, 2, 0, 1).reshape(10, 2048)
+    state["classifier.weight"] = torch.tensor(kernel.copy())
+    state["classifier.bias"] = torch.tensor(shapes["params"]["classifier"]["bias"])
+    torch.save({"net": state, "acc": 84.5, "epoch": 3}, tmp_path / "m.pth")
+    status, out, _ = run(
+        capsys, "convert", tmp_path / "m.pth", tmp_path / "m.safetensors", "--attack", "badnets",
+        "--json",
+    )  # fmt: skip
+    assert status == 0 and json.loads(out)["acc"] == 84.5
+    loaded = load_model(tmp_path / "m.safetensors")
+    assert loaded.attack is not None and loaded.attack.target == 8
+    for part in ("params", "batch_stats"):
+        for name, layer in shapes[part].items():
+            for leaf, value in layer.items():
+                np.testing.assert_array_equal(loaded.variables[part][name][leaf], value)
+    message = refused(
+        capsys, "convert", tmp_path / "m.pth", tmp_path / "g.safetensors", "--dataset", "gtsrb"
+    )
+    assert "10 classes" in message and "43" in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--defense", "ibao"], "did you mean 'ibau'"),
+        (["--preset", "publish"], "did you mean 'published'"),
+        (["--dataset", "digit"], "did you mean 'digits'"),
+        (["--dataset", "gtsrb"], "has 10 classes, the data set 'gtsrb' has 43"),
+        (["--clean", "test[:0]"], "is empty"),
+        (["--clean", "test[:500]"], "share 100 images"),
+        (["--rounds", "0"], "rounds is 0: expected"),
+        (["--model", "missing.safetensors"], "no such file"),
+    ],
+)
+def test_defend_refuses(capsys, digits_model, tmp_path, arguments, message):
+    model = [] if "--model" in arguments else ["--model", digits_model]
+    line = refused(capsys, "defend", *model, *arguments, "--out", tmp_path / "run")
+    assert message in line
+
+
+def test_a_folder_that_cannot_be_written_is_refused(capsys, digits_model, tmp_path):
+    (tmp_path / "file").write_text("")
+    line = refused(capsys, "defend", "--model", digits_model, "--out", tmp_path / "file" / "run")
+    assert "cannot write in the folder" in line
+    line = refused(capsys, "train", "--epochs", 1, "--out", tmp_path / "file" / "m.safetensors")
+    assert "cannot write in the folder" in line
+
+
+def test_a_data_set_that_is_not_prepared_is_refused(capsys, tmp_path):
+    path = save_model(tmp_path / "m.safetensors", Model(random_variables(), "vgg", 10, "cifar10"))
+    line = refused(capsys, "evaluate", "--model", path, "--data-dir", tmp_path)
+    assert "ibau prepare cifar10" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--attack", "badnet"], "did you mean 'badnets'"),
+        (["--target", "12"], "target 12 is not a class"),
+        (["--poison-ratio", "2"], "poison ratio 2"),
+        (["--epochs", "0"], "0 epochs"),
+    ],
+)
+def test_train_refuses(capsys, tmp_path, arguments, message):
+    assert message in refused(capsys, "train", *arguments, "--out", tmp_path / "m.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_evaluate_refuses_a_trigger_without_a_target(capsys, tmp_path):
+    clean = Model(random_variables(), "vgg", 10, "digits")
+    path = save_model(tmp_path / "m.safetensors", clean)
+    Image.new("RGB", (32, 32)).save(tmp_path / "t.png")
+    line = refused(capsys, "evaluate", "--model", path, "--trigger", tmp_path / "t.png")
+    assert "--target" in line
+    Image.new("RGB", (16, 16)).save(tmp_path / "t.png")
+    line = refused(
+        capsys, "evaluate", "--model", path, "--trigger", tmp_path / "t.png", "--target", 1
+    )
+    assert "(16, 16, 3): expected (32, 32, 3)" in line
+
+
+def test_unknown_options_and_values_are_refused_in_one_line(capsys):
+    for arguments in (
+        ["train", "--epochs", "many", "--out", "m"],
+        ["train", "--epoch", "3", "--out", "m"],
+        ["train"],
+        ["trian"],
+    ):
+        assert "--help" in refused(capsys, *arguments)
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for name in ("demo", "train", "evaluate", "defend", "convert", "report", "prepare"):
+        assert name in text
+
+
+def test_report_of_nothing_is_refused(capsys, tmp_path):
+    assert "no results" in refused(capsys, "report", tmp_path)
+    (tmp_path / ROWS).write_text('{"round": 0')
+    assert "damaged" in refused(capsys, "report", tmp_path)
+
+
+def test_an_interrupted_run_leaves_earlier_results(digits_model, defended, tmp_path, monkeypatch):
+    """Stopped after the first measurement: the rows, model and report of the run before stay."""
+    from ibau_jax import pipeline
+
+    out, _ = defended
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+
+    def stop(*_, on_round, evaluate, **__):
+        on_round({"round": 0, **evaluate(load_model(digits_model).variables["params"])})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "find_defense", lambda *_: (stop, "default", pipeline_config()))
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.defend(digits_model, clean="test[:20]", split="test[780:]", out=out)
+    after = {p.name: p.read_bytes() for p in out.iterdir()}
+    assert after.pop(PARTIAL)
+    assert after == before
+    os.remove(out / PARTIAL)
+
+
+def pipeline_config():
+    from ibau_jax import IBAUConfig
+
+    return IBAUConfig()
