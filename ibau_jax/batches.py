@@ -32,14 +32,16 @@ class Batch(NamedTuple):
 def make_batches(clean: Dataset, config: IBAUConfig) -> tuple[Batch, np.ndarray]:
     """Cut a clean set, in its order, into batches; the last one may be smaller.
 
+    `config` comes from `resolve`.
+
     All have one shape (so everything compiles once): what is missing is filled up with rows
     of weight 0, which count nowhere.
 
     Returns:
       The stack, and the number of real images in each batch.
     """
-    count = len(clean.labels)
-    real = min(config.batch_size, count)
+    count, real = len(clean.labels), config.batch_size
+    assert real is not None, "the config is resolved first"
     rows = -(-real // config.rows_multiple) * config.rows_multiple
     starts = np.arange(0, count, real)
     sizes = np.minimum(real, count - starts)
@@ -57,19 +59,21 @@ def make_batches(clean: Dataset, config: IBAUConfig) -> tuple[Batch, np.ndarray]
 
 
 def resolve(config: IBAUConfig, logits: Logits, params: Params, images: Any) -> IBAUConfig:
-    """Settle `microbatch="auto"` for this model and backend.
+    """Settle what `config` leaves open: batch size, rounds and microbatch, for this clean set.
 
     On a CPU ten images at a time stay in the cache; but a model with `lax.conv` must not run
     inside a loop there (XLA's derivatives of convolutions in loops are many times slower), and
     an accelerator wants the whole batch.
     """
-    if config.microbatch != "auto":
-        return config
-    size = None
-    if jax.default_backend() == "cpu":
+    count = len(images)
+    batch_size = min(config.batch_size or max(10, min(100, count // 10)), count)
+    rounds = config.rounds or max(2, -(-60 // -(-count // batch_size)))
+    microbatch = config.microbatch
+    if microbatch == "auto":
         program = str(jax.make_jaxpr(logits)(params, images[:1]))
-        size = None if "conv_general_dilated" in program else 10
-    return replace(config, microbatch=size)
+        loops = jax.default_backend() == "cpu" and "conv_general_dilated" not in program
+        microbatch = 10 if loops else None
+    return replace(config, batch_size=batch_size, rounds=rounds, microbatch=microbatch)
 
 
 def check_clean(logits: Logits, params: Params, clean: Dataset) -> Dataset:

@@ -16,8 +16,9 @@ class IBAUConfig:
     """Settings of I-BAU; `IBAUConfig()` is the preset `default`.
 
     Attributes:
-      rounds: passes over the clean set.
-      batch_size: images in a batch (a smaller clean set is one batch).
+      rounds: passes over the clean set; None: 2, or as many as make 60 outer steps.
+      batch_size: images in a batch (a smaller clean set is one batch); None: 100, or a tenth of
+        a clean set below 1000 images, but at least 10.
       microbatch: images that are differentiated at a time; None: the whole batch; `auto`: 10
         on a CPU, unless the model has `lax.conv` in it (see `batches.resolve`), else the whole
         batch. Only speed and memory depend on it.
@@ -43,27 +44,27 @@ class IBAUConfig:
       route: `explicit` (jvp and vjp) or `jaxopt`, the same gradient.
     """
 
-    rounds: int = 2
-    batch_size: int = 100
+    rounds: int | None = None
+    batch_size: int | None = None
     microbatch: int | Literal["auto"] | None = "auto"
     norm: str = "l2"
-    radius: float = 3.0
-    inner_steps: int | None = 10
+    radius: float = 2.0
+    inner_steps: int | None = 20
     inner_optimizer: str = "relative"
     inner_rate: float = 0.2
     inner_labels: str = "true"
     penalty: float = 0.0
     project: str = "every-step"
     clip: bool = True
-    outer_steps: int | None = 5
+    outer_steps: int | None = None
     share: float = 0.1
     outer_optimizer: str = "adam"
     outer_rate: float = 1e-3
     outer_clip: float | None = 1.0
     outer_decay: str = "cosine"
     hessian: str = "same"
-    hessian_images: int | None = 20
-    solver: Solver = NormalCG(steps=4, damping=0.1)  # noqa: RUF009  (frozen)
+    hessian_images: int | None = 10
+    solver: Solver = NormalCG(steps=2, damping=0.1)  # noqa: RUF009  (frozen)
     route: str = "explicit"
 
     def __post_init__(self):
@@ -96,6 +97,7 @@ class IBAUConfig:
         """The paper's text to the letter (Algorithm 1, section 6, A.3)."""
         return cls(
             rounds=1,
+            batch_size=100,
             radius=10.0,
             inner_steps=10,
             inner_optimizer="sgd",
@@ -119,6 +121,7 @@ class IBAUConfig:
         """
         config = cls(
             rounds=1,
+            batch_size=100,
             radius=10.0,
             inner_steps=None,
             inner_optimizer="sgd",

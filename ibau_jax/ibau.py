@@ -89,9 +89,9 @@ def unlearn(
     clean = check_clean(logits, params, clean)
     config = resolve(config, logits, params, clean.images)
     batches, sizes = make_batches(clean, config)
-    num_batches = len(sizes)
+    rounds, num_batches = config.rounds or 0, len(sizes)
     schedule = config.schedule(num_batches)  # batches of each outer pass between two ascents
-    optimizer = config.outer_transform(config.rounds * num_batches)
+    optimizer = config.outer_transform(rounds * num_batches)
     zero = jnp.zeros(clean.images.shape[1:], clean.images.dtype)
 
     # Compiled once, apart from the work, so that its time can be told apart.
@@ -117,9 +117,9 @@ def unlearn(
         return values
 
     before = record(round=0, seconds=0.0)
-    with progress_bar(config.rounds * num_batches, "I-BAU", progress) as advance:
+    with progress_bar(rounds * num_batches, "I-BAU", progress) as advance:
         advance(0, _note(before))
-        for round_ in range(1, config.rounds + 1):
+        for round_ in range(1, rounds + 1):
             started = time.perf_counter()
             steps: list[Step] = []
             inner_loss, delta = jnp.zeros(()), zero

@@ -193,10 +193,10 @@ def defend(
     clean_set, held_out = load(info.name, clean, data_dir), load(info.name, split, data_dir)
     name = f"{Path(model).stem}-{defense}-{preset}-seed{seed}"
     out = make_folder(out or Path("runs") / name)
-    if len(clean_set.labels) < config.batch_size:
+    if len(clean_set.labels) < (config.batch_size or 10):
         on_note(
             f"the clean set has {len(clean_set.labels)} images, fewer than a batch of "
-            f"{config.batch_size}: it is used as one batch"
+            f"{config.batch_size or 10}: it is used as one batch"
         )
 
     params = loaded.variables["params"]

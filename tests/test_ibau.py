@@ -12,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ibau_jax import Dataset, IBAUConfig, InputError, unlearn
-from ibau_jax.batches import Batch, make_batches
+from ibau_jax.batches import Batch, make_batches, resolve
 from ibau_jax.config import PRESETS
 from ibau_jax.hypergradient import Direct, Neumann
 from ibau_jax.ibau import clip_images, make_ascent, make_descent, make_loss, patch
+from ibau_jax.models import convolve
 
 KEY = jax.random.key(0)
 SMALL = replace(IBAUConfig(), rounds=2, batch_size=8, inner_steps=4, hessian_images=4)
@@ -173,6 +174,7 @@ def test_microbatches_change_nothing(linear, microbatch, x64):
 @given(count=st.integers(1, 40), batch=st.integers(1, 16), micro=st.sampled_from([None, 1, 3, 10]))
 def test_batches_hold_each_image_once(count, batch, micro):
     images = np.linspace(0, 1, count, dtype=np.float32).reshape(-1, 1, 1, 1)
+    batch = min(batch, count)
     config = replace(IBAUConfig(), batch_size=batch, microbatch=micro)
     stack, sizes = make_batches(Dataset(images, np.arange(count)), config)
     real = np.asarray(stack.weights) > 0
@@ -252,6 +254,31 @@ def test_the_outer_step_descends(linear):
     np.testing.assert_allclose(step.loss, loss(params), rtol=1e-5)
     expected = jax.tree.map(lambda p, g: p - 0.1 * g, params, jax.grad(loss)(params))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), new, expected)
+
+
+@pytest.mark.parametrize(
+    ("count", "batch_size", "rounds"), [(5000, 100, 2), (400, 40, 6), (100, 10, 6), (3, 3, 60)]
+)
+def test_small_clean_sets_get_more_rounds_and_smaller_batches(linear, count, batch_size, rounds):
+    logits, params, clean = linear
+    images = np.repeat(clean.images[:1], count, axis=0)
+    found = resolve(IBAUConfig(), logits, params, images)
+    assert (found.batch_size, found.rounds) == (batch_size, rounds)
+    fixed = resolve(IBAUConfig.published(), logits, params, images)
+    assert (fixed.batch_size, fixed.rounds) == (min(100, count), 1)
+
+
+def test_a_model_with_lax_conv_is_not_put_into_a_loop_on_a_cpu():
+    def convolution(params, x):
+        return convolve(x, params, "lax").mean((1, 2))
+
+    def products(params, x):
+        return convolve(x, params, "patches").mean((1, 2))
+
+    kernel, images = np.zeros((3, 3, 3, 4), np.float32), np.zeros((200, 8, 8, 3), np.float32)
+    assert resolve(IBAUConfig(), convolution, kernel, images).microbatch is None
+    expected = 10 if jax.default_backend() == "cpu" else None
+    assert resolve(IBAUConfig(), products, kernel, images).microbatch == expected
 
 
 def test_a_clean_set_smaller_than_a_batch_works(linear):
