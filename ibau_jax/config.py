@@ -48,10 +48,10 @@ class IBAUConfig:
     batch_size: int | None = None
     microbatch: int | Literal["auto"] | None = "auto"
     norm: str = "l2"
-    radius: float = 2.0
-    inner_steps: int | None = 20
+    radius: float = 10.0
+    inner_steps: int | None = 30
     inner_optimizer: str = "relative"
-    inner_rate: float = 0.2
+    inner_rate: float = 0.05
     inner_labels: str = "true"
     penalty: float = 0.0
     project: str = "every-step"
@@ -74,8 +74,9 @@ class IBAUConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} is {value}: expected a whole number of at least 1")
-        for name in ("radius", "inner_rate", "outer_rate"):
-            if not getattr(self, name) > 0:
+        for name in ("radius", "inner_rate", "outer_rate", "outer_clip"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
                 raise InputError(f"{name} is {getattr(self, name)}: expected a positive number")
         if not 0 < self.share <= 1:
             raise InputError(f"share is {self.share}: expected a share of a batch in (0, 1]")
@@ -155,11 +156,10 @@ class IBAUConfig:
         return delta * jnp.minimum(1, self.radius / jnp.maximum(self.size(delta), 1e-12))
 
     def inner_transform(self) -> optax.GradientTransformation:
-        """The optimiser of an ascent (it descends on the inner loss)."""
+        """The optimiser of an ascent; it descends on the inner loss."""
         if self.inner_optimizer == "relative":
-            direction = (
-                optax.scale_by_sign() if self.norm == "linf" else optax.normalize_by_update_norm()
-            )
+            linf = self.norm == "linf"
+            direction = optax.scale_by_sign() if linf else optax.normalize_by_update_norm()
             return optax.chain(direction, optax.scale(-self.inner_rate * self.radius))
         return _OPTIMIZERS[self.inner_optimizer](self.inner_rate)
 

@@ -195,8 +195,9 @@ def make_ascent(logits: Logits, config: IBAUConfig):
             delta, opt_state, _ = carry
             batch = pick(batches, (start + i) % num_batches)
             value, gradient = inner(delta, params, batch)
-            updates, opt_state = optimizer.update(gradient, opt_state, delta)
-            delta = delta + updates
+            update: Any
+            update, opt_state = optimizer.update(gradient, opt_state, delta)
+            delta = delta + update
             if config.project == "every-step":
                 delta = config.projected(delta)
             return delta, opt_state, config.penalty * jnp.sum(delta**2) - value
