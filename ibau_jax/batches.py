@@ -67,7 +67,7 @@ def resolve(config: IBAUConfig, logits: Logits, params: Params, images: Any) -> 
     """
     count = len(images)
     batch_size = min(config.batch_size or max(10, min(100, count // 10)), count)
-    rounds = config.rounds or max(2, -(-60 // -(-count // batch_size)))
+    rounds = config.rounds or max(2, -(-80 // -(-count // batch_size)))
     microbatch = config.microbatch
     if microbatch == "auto":
         program = str(jax.make_jaxpr(logits)(params, images[:1]))

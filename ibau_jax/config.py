@@ -16,7 +16,7 @@ class IBAUConfig:
     """Settings of I-BAU; `IBAUConfig()` is the preset `default`.
 
     Attributes:
-      rounds: passes over the clean set; None: 2, or as many as make 60 outer steps.
+      rounds: passes over the clean set; None: 2, or as many as make 80 outer steps.
       batch_size: images in a batch (a smaller clean set is one batch); None: 100, or a tenth of
         a clean set below 1000 images, but at least 10.
       microbatch: images that are differentiated at a time; None: the whole batch; `auto`: 10

@@ -257,7 +257,7 @@ def test_the_outer_step_descends(linear):
 
 
 @pytest.mark.parametrize(
-    ("count", "batch_size", "rounds"), [(5000, 100, 2), (400, 40, 6), (100, 10, 6), (3, 3, 60)]
+    ("count", "batch_size", "rounds"), [(5000, 100, 2), (400, 40, 8), (100, 10, 8), (3, 3, 80)]
 )
 def test_small_clean_sets_get_more_rounds_and_smaller_batches(linear, count, batch_size, rounds):
     logits, params, clean = linear
