@@ -5,8 +5,7 @@
 
 `run` needs CIFAR-10 and GTSRB (TFDS_DATA_DIR) and the folder of the published checkpoints. It
 writes a row for each model, preset and seed to `experiments/results/published_models.jsonl` as
-it comes, and leaves out what is there already, so it can be stopped and started again. On two
-cores the whole grid takes about 80 minutes.
+it comes, and leaves out what is there already, so it can be stopped and started again.
 """
 
 import json
