@@ -39,10 +39,10 @@ class Result(NamedTuple):
 
     Attributes:
       params: the cleaned parameters, same structure and dtypes as those given.
-      history: one dict a round: `round`, `delta_norm`, `inner_loss` (mean cross-entropy of the
-        clean set with the last perturbation, at the end of the ascent), `outer_loss`,
-        `residual` (of the linear solve; means over the round), `seconds` (without compiling
-        and evaluating), and what `evaluate` gave.
+      history: one dict a round: `round`, `delta_norm`, `inner_loss` (H on the last batch of the
+        last ascent, before its final step), `outer_loss` and `residual` (of the linear solve;
+        both means over the round), `seconds` (without compiling and evaluating), and what
+        `evaluate` gave.
       deltas: the last perturbation of each round, float [rounds, H, W, C].
       seconds: sum over the rounds.
       compile_seconds: tracing and compiling.
@@ -195,12 +195,13 @@ def make_ascent(logits: Logits, config: IBAUConfig):
             delta, opt_state, _ = carry
             batch = pick(batches, (start + i) % num_batches)
             value, gradient = inner(delta, params, batch)
+            height = config.penalty * jnp.sum(delta**2) - value  # H, at the delta it belongs to
             update: Any
             update, opt_state = optimizer.update(gradient, opt_state, delta)
             delta = delta + update
             if config.project == "every-step":
                 delta = config.projected(delta)
-            return delta, opt_state, config.penalty * jnp.sum(delta**2) - value
+            return delta, opt_state, height
 
         start_state = (zero, optimizer.init(zero), jnp.zeros((), zero.dtype))
         delta, _, value = lax.fori_loop(0, steps, step, start_state)

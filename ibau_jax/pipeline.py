@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,7 +17,7 @@ from ibau_jax.defenses import defense as find_defense
 from ibau_jax.errors import InputError, check_name
 from ibau_jax.files import make_folder
 from ibau_jax.metrics import Metrics, defense_effectiveness, evaluator, predict
-from ibau_jax.models import build, evaluation_logits
+from ibau_jax.models import Logits, build, evaluation_logits
 from ibau_jax.report import PARTIAL, ROWS, Pictures, versions, write_pictures, write_rows
 from ibau_jax.report_html import write_report
 from ibau_jax.training import train
@@ -91,8 +91,7 @@ def evaluate_model(
     info = _info_for(loaded, dataset, model)
     data = load(info.name, split or info.split, data_dir)
     chosen = attack or loaded.attack
-    logits = evaluation_logits(build(loaded.architecture, loaded.num_classes), loaded.variables)
-    found = evaluator(logits, data, chosen)(loaded.variables["params"])
+    found = evaluator(_logits(loaded), data, chosen)(loaded.variables["params"])
     return {
         **found._asdict(),
         "dataset": info.name,
@@ -200,7 +199,7 @@ def defend(
         )
 
     params = loaded.variables["params"]
-    logits = evaluation_logits(build(loaded.architecture, loaded.num_classes), loaded.variables)
+    logits = _logits(loaded)
     measure = evaluator(logits, held_out, loaded.attack)
     described: Json = {
         "experiment": experiment,
@@ -216,7 +215,7 @@ def defend(
         "num_devices": 1,
         "versions": versions(),
         "model_hash": model_hash(loaded),
-        "config": {k: repr(v) if k == "solver" else v for k, v in asdict_shallow(config).items()},
+        "config": _settings(config),
     }
     measured: list[Metrics] = []
     rows: list[Json] = []
@@ -279,9 +278,14 @@ def demo(out: str | Path, seed: int = 0, progress: bool = False) -> Json:
     return {**found, "train_seconds": trained["seconds"]}
 
 
-def asdict_shallow(config: Any) -> Json:
-    """Fields of a dataclass as they are (`dataclasses.asdict` would take solvers apart)."""
-    return {name: getattr(config, name) for name in asdict(config)}
+def _settings(config: Any) -> Json:
+    """Fields of a config for JSON (`dataclasses.asdict` would take the solver apart)."""
+    values = {f.name: getattr(config, f.name) for f in fields(config)}
+    return {k: repr(v) if is_dataclass(v) else v for k, v in values.items()}
+
+
+def _logits(model: Model) -> Logits:
+    return evaluation_logits(build(model.architecture, model.num_classes), model.variables)
 
 
 def _info_for(model: Model, dataset: str | None, path: str | Path) -> DataInfo:
