@@ -69,7 +69,7 @@ def train(
     attack: Annotated[str, arg(help="badnets, or none for a clean model")] = "badnets",
     target: Target = None,
     poison_ratio: Annotated[float, arg(help="share of the training set that is poisoned")] = 0.2,
-    epochs: Annotated[int | None, arg(help="default: 10 for digits, else 50")] = None,
+    epochs: Annotated[int | None, arg(help="default: 8 for digits, else 50")] = None,
     seed: Seed = 0,
     data_dir: DataDir = None,
     json: AsJson = False,

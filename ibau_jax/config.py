@@ -25,8 +25,9 @@ class IBAUConfig:
       norm: ball of the perturbation, `l2` or `linf`.
       radius: its radius C, in the units of images in [0, 1].
       inner_steps: T, steps of an ascent; None: one pass over the batches, a batch a step.
-      inner_optimizer: `sgd` (delta + rate * gradient), `adam`, or `relative`: steps of length
-        rate * radius along the gradient (l2) or its sign (linf).
+      inner_optimizer: `sgd` (delta + rate * gradient), `adam`, or `relative`: steps along the
+        gradient (l2) or its sign (linf) whose lengths grow in proportion to their number and
+        are rate * radius on average. The first steps decide which of the maxima is found.
       inner_rate: its rate.
       inner_labels: `true`, or `predicted` by the model for the clean image.
       penalty: factor of ||delta||^2 in the inner loss.
@@ -49,7 +50,7 @@ class IBAUConfig:
     microbatch: int | Literal["auto"] | None = "auto"
     norm: str = "l2"
     radius: float = 10.0
-    inner_steps: int | None = 30
+    inner_steps: int | None = 50
     inner_optimizer: str = "relative"
     inner_rate: float = 0.05
     inner_labels: str = "true"
@@ -57,7 +58,7 @@ class IBAUConfig:
     project: str = "every-step"
     clip: bool = True
     outer_steps: int | None = None
-    share: float = 0.1
+    share: float = 0.05
     outer_optimizer: str = "adam"
     outer_rate: float = 1e-3
     outer_clip: float | None = 1.0
@@ -155,12 +156,15 @@ class IBAUConfig:
             return jnp.clip(delta, -self.radius, self.radius)
         return delta * jnp.minimum(1, self.radius / jnp.maximum(self.size(delta), 1e-12))
 
-    def inner_transform(self) -> optax.GradientTransformation:
-        """The optimiser of an ascent; it descends on the inner loss."""
+    def inner_transform(self, steps: int) -> optax.GradientTransformation:
+        """The optimiser of an ascent of so many steps; it descends on the inner loss."""
         if self.inner_optimizer == "relative":
             linf = self.norm == "linf"
             direction = optax.scale_by_sign() if linf else optax.normalize_by_update_norm()
-            return optax.chain(direction, optax.scale(-self.inner_rate * self.radius))
+            length = self.inner_rate * self.radius
+            return optax.chain(
+                direction, optax.scale_by_schedule(lambda i: -length * (2 * i + 1) / steps)
+            )
         return _OPTIMIZERS[self.inner_optimizer](self.inner_rate)
 
     def outer_transform(self, steps: int) -> optax.GradientTransformation:

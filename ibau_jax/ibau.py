@@ -182,11 +182,11 @@ def make_ascent(logits: Logits, config: IBAUConfig):
     """
     loss = make_loss(logits, config)
     inner = jax.value_and_grad(make_inner(loss, config))
-    optimizer = config.inner_transform()
 
     def ascend(params, batches: Batch, start):
         num_batches = len(batches.weights)
         steps = config.inner_steps or num_batches
+        optimizer = config.inner_transform(steps)
         zero = jnp.zeros(batches.images.shape[2:], batches.images.dtype)
         if config.inner_labels == "predicted":  # of the clean images: they do not change here
             batches = batches._replace(labels=predicted(logits, params, batches.images, config))

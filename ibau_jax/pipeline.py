@@ -44,7 +44,7 @@ def train_model(
     data, held_out = load(dataset, "train", data_dir), load(dataset, info.split, data_dir)
     if chosen is not None:
         data, _ = poison(data, chosen, poison_ratio, seed)
-    epochs = (10 if dataset == "digits" else 50) if epochs is None else epochs
+    epochs = (8 if dataset == "digits" else 50) if epochs is None else epochs
     # Outside of loops, where training runs, `lax.conv` is the faster form on a CPU as well.
     module = build("vgg", info.num_classes, conv="lax")
 
