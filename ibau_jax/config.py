@@ -60,7 +60,7 @@ class IBAUConfig:
     outer_steps: int | None = None
     share: float = 0.05
     outer_optimizer: str = "adam"
-    outer_rate: float = 1e-3
+    outer_rate: float = 2e-3
     outer_clip: float | None = 1.0
     outer_decay: str = "cosine"
     hessian: str = "same"
