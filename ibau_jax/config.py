@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from ibau_jax.errors import InputError, check_name
-from ibau_jax.hypergradient import Neumann, NormalCG, Solver
+from ibau_jax.hypergradient import Ball, Neumann, NormalCG, Solver
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,9 @@ class IBAUConfig:
       hessian: batch of the inner loss in the hypergradient: `first` or the `same` as the outer.
       hessian_images: how many images of that batch; None: all.
       solver: of the linear system with the inner Hessian.
+      keep_diverged: use a solution that is worse than none, as the published code does.
+      constrained: the hypergradient of the projected fixed point, which also holds where delta
+        is on the border of the ball; False: equation (4), which ignores the border.
       route: `explicit` (jvp and vjp) or `jaxopt`, the same gradient.
     """
 
@@ -66,6 +69,8 @@ class IBAUConfig:
     hessian: str = "same"
     hessian_images: int | None = 10
     solver: Solver = NormalCG(steps=2, damping=0.1)  # noqa: RUF009  (frozen)
+    keep_diverged: bool = False
+    constrained: bool = False
     route: str = "explicit"
 
     def __post_init__(self):
@@ -113,6 +118,7 @@ class IBAUConfig:
             outer_decay="none",
             hessian_images=None,
             solver=Neumann(terms=5, step=0.1),
+            keep_diverged=True,
         )
 
     @classmethod
@@ -141,20 +147,20 @@ class IBAUConfig:
             hessian="first",
             hessian_images=None,
             solver=Neumann(terms=5, step=0.1),
+            keep_diverged=True,
         )
         if dataset == "gtsrb":
             return replace(config, inner_optimizer="adam", inner_rate=1.0, clip=True)
         return config
 
+    @property
+    def ball(self) -> Ball:
+        """The set that delta is held in."""
+        return Ball(self.radius, self.norm)
+
     def size(self, delta: jax.Array) -> jax.Array:
         """Norm of a perturbation in the ball's own norm."""
         return jnp.abs(delta).max() if self.norm == "linf" else jnp.sqrt(jnp.sum(delta**2))
-
-    def projected(self, delta: jax.Array) -> jax.Array:
-        """The nearest perturbation in the ball (line 5 of Algorithm 1)."""
-        if self.norm == "linf":
-            return jnp.clip(delta, -self.radius, self.radius)
-        return delta * jnp.minimum(1, self.radius / jnp.maximum(self.size(delta), 1e-12))
 
     def inner_transform(self, steps: int) -> optax.GradientTransformation:
         """The optimiser of an ascent of so many steps; it descends on the inner loss."""

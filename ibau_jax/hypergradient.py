@@ -1,4 +1,4 @@
-"""The implicit hypergradient on any pytrees; this module imports nothing else of the package.
+"""The implicit hypergradient on any pytrees; only `solvers` of this package is needed here.
 
 For delta(params) = argmin inner(delta, params), the gradient of outer(delta(params), params) is
 
@@ -9,107 +9,94 @@ from equations (2) and (3) and the published code both give the minus.
 
 Three choices are separate: the two functions, the linear solver, and the route by which the
 products are formed (`hypergradient`: `jax.linearize` and `jax.jvp`; `hypergradient_jaxopt`:
-`jaxopt.implicit_diff.root_vjp`).
+`jaxopt.implicit_diff.root_vjp`; `implicit_argmin`: `jaxopt.implicit_diff.custom_root` around an
+inner solver, so that plain `jax.grad` gives the hypergradient). `unrolled` differentiates
+through the inner steps instead, to compare with.
 """
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-Tree = Any
-MatVec = Callable[[Tree], Tree]
+from ibau_jax.solvers import (
+    CG,
+    GMRES,
+    Dense,
+    Direct,
+    MatVec,
+    Neumann,
+    NormalCG,
+    Report,
+    Solver,
+    Tree,
+    add,
+    all_finite,
+    dot,
+    scale,
+    with_residual,
+)
+
+__all__ = [
+    "CG",
+    "Ball",
+    "Dense",
+    "Direct",
+    "GMRES",
+    "Neumann",
+    "NormalCG",
+    "Report",
+    "Solver",
+    "hypergradient",
+    "hypergradient_jaxopt",
+    "implicit_argmin",
+    "unrolled",
+]
+
 Objective = Callable[[Tree, Tree], jax.Array]
 
 
-class Report(NamedTuple):
-    """How well the linear system was solved.
+class Ball(NamedTuple):
+    """The set ||delta|| <= radius that delta is held in, `norm` being `l2` or `linf`."""
 
-    Attributes:
-      residual: ||b - A x|| / ||b||, scalar; 0 where b is 0.
-      steps: products with A that were spent on the solution, int32 scalar.
-    """
+    radius: float
+    norm: str = "l2"
 
-    residual: jax.Array
-    steps: jax.Array
+    def project(self, delta: Tree) -> Tree:
+        """The nearest point of the ball (line 5 of Algorithm 1)."""
+        if self.norm == "linf":
+            return jax.tree.map(lambda d: jnp.clip(d, -self.radius, self.radius), delta)
+        size = jnp.sqrt(dot(delta, delta))
+        return scale(jnp.minimum(1, self.radius / jnp.maximum(size, 1e-12)), delta)
 
+    def tangent(self, delta: Tree, slope: Tree) -> tuple[MatVec, jax.Array]:
+        """Where delta can move: a projection Q, and the curvature that the border adds.
 
-class Solver(Protocol):
-    """`solve(matvec, b) -> (x, report)` with `matvec(x)` near `b`; x and b have one structure."""
+        `slope` is d1 inner at delta. A border counts where delta is on it and the slope presses
+        outwards; elsewhere Q is the identity and the curvature is 0. On a sphere that curvature
+        is the Lagrange multiplier -<slope, delta> / ||delta||^2; the faces of a cube are flat.
+        """
+        edge = self.radius * (1 - 1e-4)  # float32 projection lands within rounding of it
+        if self.norm == "linf":
 
-    def __call__(self, matvec: MatVec, b: Tree) -> tuple[Tree, Report]: ...
+            def free(d, s):
+                return (jnp.abs(d) < edge) | (d * s > 0)
 
+            mask = jax.tree.map(free, delta, slope)
+            zero = jnp.zeros(())
+            return lambda v: jax.tree.map(lambda x, m: jnp.where(m, x, 0), v, mask), zero
+        squared = dot(delta, delta)
+        multiplier = -dot(slope, delta) / jnp.maximum(squared, 1e-30)
+        active = (jnp.sqrt(squared) >= edge) & (multiplier > 0)
 
-@dataclass(frozen=True)
-class Neumann:
-    """x = step * sum_{j < terms} (I - step A)^j b, the published fixed point (`--K`, 5 terms).
+        def onto(v):
+            along = jnp.where(active, dot(delta, v) / jnp.maximum(squared, 1e-30), 0)
+            return add(v, scale(-along, delta))
 
-    Converges when every eigenvalue of step * A lies between 0 and 2. The published loop
-    starts from zero and so spends its first product on a zero vector; here `terms` terms cost
-    `terms - 1` products (and one more to know the residual).
-    """
-
-    terms: int = 5
-    step: float = 0.1
-
-    def __call__(self, matvec: MatVec, b: Tree) -> tuple[Tree, Report]:
-        def advance(_, total):  # v <- v - step A v + b
-            return jax.tree.map(lambda v, a, c: v - self.step * a + c, total, matvec(total), b)
-
-        total = lax.fori_loop(0, self.terms - 1, advance, b)
-        x = scale(self.step, total)
-        return x, Report(_residual(matvec(x), b), jnp.int32(self.terms - 1))
-
-
-@dataclass(frozen=True)
-class NormalCG:
-    """Conjugate gradients on (A A + damping I) x = A b for a symmetric A of any signature.
-
-    With damping this is the regularised least-squares solution, which leaves the flat
-    directions of A alone; each step costs two products with A.
-    """
-
-    steps: int = 10
-    damping: float = 0.0
-    tolerance: float = 1e-6
-
-    def __call__(self, matvec: MatVec, b: Tree) -> tuple[Tree, Report]:
-        def normal(x):
-            return add(matvec(matvec(x)), scale(self.damping, x))
-
-        rhs = matvec(b)
-        goal = self.tolerance**2 * dot(rhs, rhs)
-
-        def unfinished(state):
-            _, _, _, squared, step = state
-            return (step < self.steps) & (squared > goal)
-
-        def advance(state):
-            x, residual, direction, squared, step = state
-            image = normal(direction)
-            curvature = dot(direction, image)  # may underflow to 0 where rhs is tiny
-            length = jnp.where(curvature > 0, squared / jnp.maximum(curvature, 1e-38), 0.0)
-            x = add(x, scale(length, direction))
-            residual = add(residual, scale(-length, image))
-            fresh = dot(residual, residual)
-            return x, residual, add(residual, scale(fresh / squared, direction)), fresh, step + 1
-
-        start = (scale(0.0, b), rhs, rhs, dot(rhs, rhs), jnp.int32(0))
-        x, _, _, _, steps = lax.while_loop(unfinished, advance, start)
-        return x, Report(_residual(matvec(x), b), 2 * steps + 1)
-
-
-@dataclass(frozen=True)
-class Direct:
-    """x = 0: the direct gradient alone, which is what Danskin's theorem would give."""
-
-    def __call__(self, matvec: MatVec, b: Tree) -> tuple[Tree, Report]:
-        del matvec
-        return scale(0.0, b), Report(jnp.sign(dot(b, b)), jnp.int32(0))
+        return onto, jnp.where(active, multiplier, 0)
 
 
 def hypergradient(
@@ -119,6 +106,8 @@ def hypergradient(
     params: Tree,
     *,
     solver: Solver = Neumann(),  # noqa: B008  (frozen)
+    ball: Ball | None = None,
+    keep_diverged: bool = False,
 ) -> tuple[jax.Array, Tree, Report]:
     """The implicit hypergradient of `outer` at `delta`, a (near) stationary point of `inner`.
 
@@ -128,25 +117,39 @@ def hypergradient(
       delta: pytree of arrays.
       params: pytree of arrays.
       solver: how (d11 inner) x = d1 outer is solved.
+      ball: delta is a minimum of `inner` in this ball, possibly on its border, where equation
+        (4) does not hold: there d1 inner is not 0. The system is then the one of the projected
+        fixed point delta = project(delta - a d1 inner), reduced to the directions in which delta
+        can move: Q (d11 inner + curvature) Q x = Q d1 outer. It does not depend on a.
+      keep_diverged: use an x that leaves more residual than none would, as the published code
+        does (an x that is not finite is never used).
 
     Returns:
       value: `outer(delta, params)`.
-      gradient: d2 outer - (d12 inner)^T x, with the structure of `params`.
+      gradient: d2 outer - (d12 inner)^T x, with the structure of `params`; d2 outer alone (the
+        direct gradient) where the solve failed.
       report: how well the system was solved.
     """
     value, (to_delta, to_params) = jax.value_and_grad(outer, (0, 1))(delta, params)
     if isinstance(solver, Direct):
-        return value, to_params, solver(lambda x: x, to_delta)[1]
+        return value, to_params, solver(lambda v: v, to_delta)[1]
     # The primal pass is paid once; each product is then a tangent pass.
-    _, matvec = jax.linearize(lambda d: jax.grad(inner, 0)(d, params), delta)
-    x, report = solver(matvec, to_delta)
+    slope, hessian = jax.linearize(lambda d: jax.grad(inner, 0)(d, params), delta)
+    onto, curvature = (lambda v: v, 0.0) if ball is None else ball.tangent(delta, slope)
+    goal = onto(to_delta)
+
+    def border(v, image):  # Q (A + curvature) v, for a v that Q leaves alone
+        return image if ball is None else onto(add(image, scale(curvature, v)))
+
+    x, report = solver(lambda v: border(v, hessian(onto(v))), goal)
+    x = onto(x)
     # (d12 inner)^T x as the derivative of the parameters' gradient along x (mixed derivatives
     # commute): forward over reverse, which needs no memory of the backward pass. The same pass
     # gives A x, hence the exact residual; the solver's own, one product more, is then dead
     # code that XLA drops.
     _, (image, mixed) = jax.jvp(lambda d: jax.grad(inner, (0, 1))(d, params), (delta,), (x,))
-    report = report._replace(residual=_residual(image, to_delta))
-    return value, jax.tree.map(jnp.subtract, to_params, mixed), report
+    report = with_residual(report, border(x, image), goal)
+    return value, *_sum(to_params, scale(-1.0, mixed), report, keep_diverged)
 
 
 def hypergradient_jaxopt(
@@ -156,15 +159,16 @@ def hypergradient_jaxopt(
     params: Tree,
     *,
     solver: Solver = Neumann(),  # noqa: B008  (frozen)
+    ball: Ball | None = None,
+    keep_diverged: bool = False,
 ) -> tuple[jax.Array, Tree, Report]:
     """The same gradient by `jaxopt.implicit_diff.root_vjp` on the condition d1 inner = 0.
 
-    Arguments and results as `hypergradient`; a second, independent route to compare with.
+    Arguments and results as `hypergradient`; a second, independent route to compare with. On
+    the border of a ball the condition is project(delta - d1 inner) = delta, whose system is not
+    symmetric: choose `GMRES`, `Dense` or `Neumann`.
     """
-    with warnings.catch_warnings():  # no longer developed, and says so: imported here only
-        warnings.simplefilter("ignore", DeprecationWarning)
-        from jaxopt.implicit_diff import root_vjp
-
+    root_vjp = _jaxopt().root_vjp
     reports = []
 
     def solve(matvec, b):
@@ -172,29 +176,82 @@ def hypergradient_jaxopt(
         reports.append(report)
         return x
 
+    def condition(d, p):
+        slope = jax.grad(inner, 0)(d, p)
+        if ball is None:
+            return slope
+        return add(d, scale(-1.0, ball.project(add(d, scale(-1.0, slope)))))
+
     value, (to_delta, to_params) = jax.value_and_grad(outer, (0, 1))(delta, params)
-    (implicit,) = root_vjp(
-        jax.grad(inner, 0), sol=delta, args=(params,), cotangent=to_delta, solve=solve
+    (implicit,) = root_vjp(condition, sol=delta, args=(params,), cotangent=to_delta, solve=solve)
+    return value, *_sum(to_params, implicit, reports[0], keep_diverged)
+
+
+def implicit_argmin(
+    minimise: Callable[[Tree], Tree],
+    inner: Objective,
+    *,
+    solver: Solver = Neumann(),  # noqa: B008  (frozen)
+) -> Callable[[Tree], Tree]:
+    """`minimise(params) -> delta`, given the derivative of a minimum of `inner`.
+
+    `jax.grad(lambda p: outer(implicit_argmin(minimise, inner)(p), p))` is then the
+    hypergradient, whatever `minimise` does inside (it is not differentiated). By
+    `jaxopt.implicit_diff.custom_root`.
+    """
+    solve = _jaxopt().custom_root(jax.grad(inner, 0), solve=lambda matvec, b: solver(matvec, b)[0])(
+        lambda _, params: minimise(params)
     )
-    return value, add(to_params, implicit), reports[0]
+    return lambda params: solve(None, params)
 
 
-def dot(a: Tree, b: Tree) -> jax.Array:
-    """Inner product of two pytrees."""
-    return sum(jax.tree.leaves(jax.tree.map(lambda x, y: jnp.vdot(x, y), a, b)), jnp.zeros(()))
+def unrolled(
+    outer: Objective,
+    step: Callable[[Any, Tree, Tree], Tree],
+    start: Tree,
+    params: Tree,
+    *,
+    steps: int,
+    checkpoint: bool = False,
+) -> tuple[jax.Array, Tree, Tree]:
+    """The gradient through the inner steps themselves, by reverse mode over a bounded loop.
+
+    Args:
+      outer: `outer(delta, params) -> scalar`.
+      step: `step(i, delta, params) -> delta`, one inner step.
+      start: delta before the first step.
+      params: pytree of arrays.
+      steps: how many; all their intermediate values are kept.
+      checkpoint: keep only delta of each step and compute the rest again (`jax.checkpoint`):
+        memory still grows with `steps`, but by one delta a step.
+
+    Returns:
+      `outer` at the last delta, its gradient in `params`, and that delta.
+    """
+
+    def run(p):
+        def one(i, delta):
+            return step(i, delta, p)
+
+        body = jax.checkpoint(one) if checkpoint else one  # pyright: ignore[reportPrivateImportUsage]
+        delta = lax.fori_loop(0, steps, body, start)
+        return outer(delta, p), delta
+
+    (value, delta), gradient = jax.value_and_grad(run, has_aux=True)(params)
+    return value, gradient, delta
 
 
-def add(a: Tree, b: Tree) -> Tree:
-    """a + b, leaf by leaf."""
-    return jax.tree.map(jnp.add, a, b)
+def _sum(direct: Tree, implicit: Tree, report: Report, keep_diverged: bool) -> tuple[Tree, Report]:
+    """The two terms added up, without the implicit one where the solve failed."""
+    residual = jnp.where(all_finite(implicit), report.residual, jnp.inf)
+    report = report._replace(residual=residual)
+    drop = jnp.isinf(residual) if keep_diverged else report.failed
+    total = jax.tree.map(lambda d, i: d + jnp.where(drop, jnp.zeros_like(i), i), direct, implicit)
+    return total, report._replace(dropped=drop)
 
 
-def scale(factor: float | jax.Array, tree: Tree) -> Tree:
-    """factor * tree, leaf by leaf."""
-    return jax.tree.map(lambda x: factor * x, tree)
-
-
-def _residual(image: Tree, b: Tree) -> jax.Array:
-    difference = add(image, scale(-1.0, b))
-    size = dot(b, b)
-    return jnp.where(size > 0, jnp.sqrt(dot(difference, difference) / size), 0.0)
+def _jaxopt():
+    with warnings.catch_warnings():  # no longer developed, and says so: imported here only
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from jaxopt import implicit_diff
+    return implicit_diff

@@ -40,9 +40,11 @@ class Result(NamedTuple):
     Attributes:
       params: the cleaned parameters, same structure and dtypes as those given.
       history: one dict a round: `round`, `delta_norm`, `inner_loss` (H on the last batch of the
-        last ascent, before its final step), `outer_loss` and `residual` (of the linear solve;
-        both means over the round), `seconds` (without compiling and evaluating), and what
-        `evaluate` gave.
+        last ascent, before its final step), `outer_loss` (mean over the round), of the linear
+        solves the mean `residual` and `contraction` (None where there is none), the sum of
+        `products`, `failed_solves` (diverged or not finite) and `fallbacks` (outer steps that
+        took the direct gradient instead), `seconds` (without compiling and evaluating), and
+        what `evaluate` gave.
       deltas: the last perturbation of each round, float [rounds, H, W, C].
       seconds: sum over the rounds.
       compile_seconds: tracing and compiling.
@@ -137,7 +139,7 @@ def unlearn(
                     delta_norm=float(config.size(delta)),
                     inner_loss=float(inner_loss),
                     outer_loss=float(np.mean([s.loss for s in steps])),
-                    residual=float(np.mean([s.report.residual for s in steps])),
+                    **_solves([s.report for s in steps]),
                     seconds=seconds,
                 )
             )
@@ -200,12 +202,12 @@ def make_ascent(logits: Logits, config: IBAUConfig):
             update, opt_state = optimizer.update(gradient, opt_state, delta)
             delta = delta + update
             if config.project == "every-step":
-                delta = config.projected(delta)
+                delta = config.ball.project(delta)
             return delta, opt_state, height
 
         start_state = (zero, optimizer.init(zero), jnp.zeros((), zero.dtype))
         delta, _, value = lax.fori_loop(0, steps, step, start_state)
-        return (config.projected(delta) if config.project == "at-end" else delta), value
+        return (config.ball.project(delta) if config.project == "at-end" else delta), value
 
     return ascend
 
@@ -239,6 +241,8 @@ def make_descent(logits: Logits, config: IBAUConfig, optimizer: optax.GradientTr
             delta,
             params,
             solver=config.solver,
+            ball=config.ball if config.constrained else None,
+            keep_diverged=config.keep_diverged,
         )
         updates, opt_state = optimizer.update(gradient, opt_state, params)
         return (optax.apply_updates(params, updates), opt_state, key), Step(value, report)
@@ -292,6 +296,22 @@ def clip_images(images: jax.Array) -> jax.Array:
     """
     inside = (images >= 0) & (images <= 1)
     return jnp.where(inside, images, jnp.where(images > 0, 1.0, 0.0).astype(images.dtype))
+
+
+def _solves(reports: list[Report]) -> dict[str, Any]:
+    """How well the linear systems of a round were solved; means over the finite values."""
+
+    def mean(values):
+        finite = [float(v) for v in values if v is not None and np.isfinite(v)]
+        return float(np.mean(finite)) if finite else None
+
+    return {
+        "residual": mean([r.residual for r in reports]),
+        "contraction": mean([r.contraction for r in reports]),
+        "products": int(sum(r.steps for r in reports)),
+        "failed_solves": int(sum(bool(r.failed) for r in reports)),
+        "fallbacks": int(sum(bool(r.dropped) for r in reports)),
+    }
 
 
 def _note(record: Mapping[str, Any]) -> str:

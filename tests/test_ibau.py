@@ -218,12 +218,12 @@ def test_ascent_stays_in_the_ball_and_raises_the_loss(linear, norm, optimizer):
 def test_projection(norm, radius, seed):
     config = replace(SMALL, norm=norm, radius=radius)
     delta = np.random.default_rng(seed).normal(size=(4, 4, 1)).astype(np.float32)
-    inside = config.projected(delta)
+    inside = config.ball.project(delta)
     assert config.size(inside) <= radius * (1 + 1e-5)
-    np.testing.assert_allclose(config.projected(inside), inside, rtol=1e-5)
+    np.testing.assert_allclose(config.ball.project(inside), inside, rtol=1e-5)
     if config.size(delta) <= radius:
         np.testing.assert_array_equal(inside, delta)
-    assert not np.asarray(config.projected(jnp.zeros(3))).any()
+    assert not np.asarray(config.ball.project(jnp.zeros(3))).any()
 
 
 def test_clipping_passes_the_gradient_at_the_border():
