@@ -26,10 +26,12 @@ from jax import lax
 from ibau_jax.batches import Batch, check_clean, make_batches, resolve
 from ibau_jax.config import IBAUConfig
 from ibau_jax.data import Dataset
+from ibau_jax.errors import InputError
 from ibau_jax.hypergradient import Report, hypergradient, hypergradient_jaxopt
 from ibau_jax.microbatch import summed
 from ibau_jax.models import Logits, Params
 from ibau_jax.progress import progress_bar
+from ibau_jax.solvers import all_finite
 
 ROUTES = {"explicit": hypergradient, "jaxopt": hypergradient_jaxopt}
 
@@ -86,7 +88,8 @@ def unlearn(
       A `Result`.
 
     Raises:
-      InputError: `clean` or `params` are not as described, or `logits` refuses the images.
+      InputError: `clean` or `params` are not as described, `logits` refuses the images, or the
+        parameters diverge.
     """
     clean = check_clean(logits, params, clean)
     config = resolve(config, logits, params, clean.images)
@@ -130,7 +133,11 @@ def unlearn(
                 for index in range(start, stop):
                     state, step = descend(state, delta, batches, jnp.int32(index))
                     steps.append(jax.block_until_ready(step))
+                    if not np.isfinite(step.loss):
+                        raise _diverged(round_, len(steps), config)
                     advance(1, "")
+            if not all_finite(state[0]):
+                raise _diverged(round_, len(steps), config)
             seconds = time.perf_counter() - started
             deltas.append(np.asarray(delta))
             history.append(
@@ -296,6 +303,14 @@ def clip_images(images: jax.Array) -> jax.Array:
     """
     inside = (images >= 0) & (images <= 1)
     return jnp.where(inside, images, jnp.where(images > 0, 1.0, 0.0).astype(images.dtype))
+
+
+def _diverged(round_: int, step: int, config: IBAUConfig) -> InputError:
+    return InputError(
+        f"the loss or the parameters are no longer finite at outer step {step} of round {round_}: "
+        f"expected an outer rate that the model bears, found {config.outer_optimizer} with "
+        f"{config.outer_rate:g}; choose a smaller outer_rate (or outer_clip=1.0)"
+    )
 
 
 def _solves(reports: list[Report]) -> dict[str, Any]:

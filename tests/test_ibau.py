@@ -320,3 +320,39 @@ def test_bad_parameters_are_refused(linear):
 def test_bad_settings_are_refused(field, value):
     with pytest.raises(InputError, match=f"{field}.*expected"):
         replace(IBAUConfig(), **{field: value})
+
+
+def test_parameters_that_diverge_are_refused(linear):
+    logits, params, clean = linear
+    config = replace(SMALL, outer_optimizer="sgd", outer_rate=1e38, outer_clip=None)
+    with pytest.raises(InputError, match=r"no longer finite at outer step \d+ of round .*1e\+38"):
+        unlearn(logits, params, clean, config=config, key=KEY)
+
+
+def test_a_round_says_how_well_its_systems_were_solved(linear):
+    """A step of 1e4 makes the series diverge: the direct gradient is taken, and counted."""
+    logits, params, clean = linear
+    steps = 2 * 3  # batches of 8 from 24 images
+    diverging = replace(SMALL, solver=Neumann(3, 1e4))
+    for record in unlearn(logits, params, clean, config=diverging, key=KEY).history:
+        assert record["failed_solves"] == record["fallbacks"] == steps / 2
+        assert record["contraction"] > 1 and record["residual"] > 1
+        assert record["products"] == 2 * steps / 2
+    kept = replace(diverging, keep_diverged=True, outer_rate=1e-9)
+    for record in unlearn(logits, params, clean, config=kept, key=KEY).history:
+        assert record["failed_solves"] == steps / 2 and record["fallbacks"] == 0
+    direct = unlearn(logits, params, clean, config=replace(SMALL, solver=Direct()), key=KEY)
+    fallen = unlearn(logits, params, clean, config=diverging, key=KEY)
+    jax.tree.map(np.testing.assert_array_equal, direct.params, fallen.params)
+
+
+def test_the_constraint_reaches_the_hypergradient(linear):
+    """On the border of a small ball the two formulas differ; far inside they do not."""
+    logits, params, clean = linear
+    for radius, same in ((0.05, False), (50.0, True)):
+        config = replace(SMALL, radius=radius, rounds=1, inner_rate=0.5 if not same else 1e-4)
+        results = [
+            unlearn(logits, params, clean, config=replace(config, constrained=c), key=KEY).params
+            for c in (False, True)
+        ]
+        assert np.allclose(results[0]["w"], results[1]["w"], rtol=0, atol=1e-7) == same
