@@ -190,6 +190,33 @@ def report(folder: Positional[Path], seed: Seed = 0, json: AsJson = False) -> No
 
 
 @command
+def bound(
+    model: Annotated[Path, arg(help="model file")],
+    dataset: DataName = None,
+    clean: Annotated[str | None, arg(help="split of clean images")] = None,
+    radius: Annotated[float, arg(help="C, the largest l2 norm of a perturbation")] = 10.0,
+    margin: Annotated[float, arg(help="gamma, by which the true logit has to lead")] = 1.0,
+    xi: Annotated[float, arg(help="the bound holds with probability 1 - xi")] = 0.05,
+    seed: Seed = 0,
+    data_dir: DataDir = None,
+    json: AsJson = False,
+) -> None:
+    """Evaluate the paper's Theorem 3 on a model, term by term (a diagnostic, not a guarantee)."""
+    from ibau_jax import pipeline
+
+    del seed  # nothing here is random
+    found = pipeline.bound(model, dataset, clean, radius, margin, xi, data_dir)
+    if not json:
+        for row in found["layers"]:
+            _note(
+                "{layer:>10}: spectral norm {spectral:.3f}, (2,1) norm {two_one:.1f}".format(**row)
+            )
+    _finish(found, json)
+    if found["vacuous"]:
+        _note(f"the bound is vacuous: {found['total']:.3g}, where 1 is true of every model")
+
+
+@command
 def prepare(
     dataset: Positional[str],
     archives: Annotated[
@@ -263,7 +290,7 @@ def _finish(found: dict[str, Any], as_json: bool, rows: Path | None = None) -> N
         print_table(read_rows(rows), console)
     for name, value in found.items():
         if isinstance(value, float):
-            value = f"{value:.4f}"
+            value = f"{value:.4f}" if abs(value) < 1e6 else f"{value:.3e}"
         if not isinstance(value, dict | list) and value is not None:
             console.print(f"{name:>16}  {value}", highlight=False, markup=False, soft_wrap=True)
 

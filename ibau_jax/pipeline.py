@@ -11,11 +11,15 @@ import numpy as np
 
 from ibau_jax.attacks import Attack, make_attack, poison, trigger_from_files
 from ibau_jax.attacks.poison import ATTACKS, check_target
+from ibau_jax.batches import make_batches, resolve
+from ibau_jax.bounds import vgg_bound
 from ibau_jax.checkpoint import Model, convert_pth, load_model, model_hash, save_model
+from ibau_jax.config import IBAUConfig
 from ibau_jax.data import DATASETS, DataInfo, check_disjoint, data_info, load
 from ibau_jax.defenses import defense as find_defense
 from ibau_jax.errors import InputError, check_name
 from ibau_jax.files import make_folder
+from ibau_jax.ibau import make_ascent
 from ibau_jax.metrics import Metrics, defense_effectiveness, evaluator, predict
 from ibau_jax.models import Logits, build, evaluation_logits
 from ibau_jax.report import PARTIAL, ROWS, Pictures, versions, write_pictures, write_rows
@@ -266,6 +270,38 @@ def defend(
         "preset": preset,
         "dataset": info.name,
         "seed": seed,
+    }
+
+
+def bound(
+    model: str | Path,
+    dataset: str | None = None,
+    clean: str | None = None,
+    radius: float = 10.0,
+    margin: float = 1.0,
+    xi: float = 0.05,
+    data_dir: str | None = None,
+) -> Json:
+    """Theorem 3 on a model: every term, at the perturbation that the default's ascent finds."""
+    loaded = load_model(model)
+    info = _info_for(loaded, dataset, model)
+    data = load(info.name, clean or info.clean, data_dir)
+    logits, params = _logits(loaded), loaded.variables["params"]
+    config = resolve(replace(IBAUConfig(), radius=radius), logits, params, data.images)
+    batches, _ = make_batches(data, config)
+    delta, _ = jax.jit(make_ascent(logits, config))(params, batches, 0)
+    found = vgg_bound(
+        loaded.variables, logits, data, np.asarray(delta), radius=radius, margin=margin, xi=xi
+    )
+    return {
+        "total": found.total,
+        "vacuous": found.vacuous,
+        "empirical_risk": found.empirical_risk,
+        "complexity": found.complexity,
+        "confidence": found.confidence,
+        **found.details,
+        **{"radius": radius, "margin": margin, "xi": xi, "n": len(data.labels)},
+        **{"delta_norm": float(config.size(delta)), "model": str(model)},
     }
 
 

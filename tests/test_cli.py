@@ -231,8 +231,20 @@ def test_help_names_every_command(capsys):
         main(["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    for name in ("demo", "train", "evaluate", "defend", "convert", "report", "prepare"):
+    for name in ("demo", "train", "evaluate", "defend", "convert", "report", "prepare", "bound"):
         assert name in text
+
+
+def test_bound_prints_every_term(capsys, digits_model):
+    arguments = ["bound", "--model", digits_model, "--clean", "test[:20]", "--radius", "2"]
+    status, out, err = run(capsys, *arguments, "--json")
+    found = json.loads(out)
+    assert status == 0 and "vacuous" in err
+    terms = [found[k] for k in ("empirical_risk", "complexity", "confidence")]
+    assert found["total"] == pytest.approx(sum(terms)) and found["vacuous"] is True
+    assert found["n"] == 20 and 0 < found["delta_norm"] <= 2 + 1e-4
+    assert [row["layer"] for row in found["layers"]][-1] == "classifier"
+    assert "margin is 0.0" in refused(capsys, *arguments, "--margin", "0")
 
 
 def test_report_of_nothing_is_refused(capsys, tmp_path):

@@ -7,7 +7,8 @@ import ibau_jax
 
 PACKAGE = Path(ibau_jax.__file__).parent
 ORDER = """errors files progress data attacks models training metrics microbatch solvers
-hypergradient config batches ibau defenses checkpoint report report_html pipeline cli""".split()
+hypergradient config batches ibau bounds defenses checkpoint report report_html pipeline
+cli""".split()
 
 
 def imported(path: Path):

@@ -1,0 +1,140 @@
+"""What the implicit term buys: solvers of the hypergradient, all else as in the preset `default`.
+
+    python experiments/ablation.py run --reference DIR
+    python experiments/ablation.py table
+
+`run` needs CIFAR-10 (TFDS_DATA_DIR) and the folder of the published checkpoints. It writes the
+last row of each run to `experiments/results/ablation.jsonl` as it comes and leaves out what is
+there already. A series or a solve that diverges is used as it is (`keep_diverged`), so that the
+table shows the solver and not its fallback; how many did is in the table.
+"""
+
+import json
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import numpy as np
+import tyro
+
+from ibau_jax import IBAUConfig, load, pipeline, unlearn
+from ibau_jax.checkpoint import load_model
+from ibau_jax.hypergradient import CG, Direct, Neumann, NormalCG
+from ibau_jax.metrics import evaluator
+from ibau_jax.models import build, evaluation_logits
+from ibau_jax.report import write_rows
+
+RESULTS = Path(__file__).parent / "results" / "ablation.jsonl"
+MODELS = {  # file, trigger, target
+    "BadNets": ("badnets_8_02", None, 8),
+    "l2": ("l2_inv_0_02", "l2_inv", 0),
+    "Trojan WM": ("trojan_wm_2_02", "trojan_wm", 2),
+}
+METHODS: dict[str, dict[str, Any]] = {
+    # A ball of no size: nothing is patched, and Adam fine-tunes on the clean set.
+    "fine-tuning": {"radius": 1e-9, "solver": Direct()},
+    "direct": {"solver": Direct()},
+    "Neumann 1": {"solver": Neumann(1, 0.1)},
+    "Neumann 5": {"solver": Neumann(5, 0.1)},
+    "Neumann 20": {"solver": Neumann(20, 0.1)},
+    "CG 4": {"solver": CG(4)},
+    "normal CG 2": {"solver": NormalCG(2, 0.1)},
+    "projected, normal CG 2": {"solver": NormalCG(2, 0.1), "constrained": True},
+}
+
+
+@dataclass
+class Run:
+    """Fill the grid, the cheap part first."""
+
+    reference: Path
+    """Folder of the published models (checkpoints/, triggers/)."""
+    rounds: tuple[int, ...] = (1, 3)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    models: tuple[str, ...] = tuple(MODELS)
+    methods: tuple[str, ...] = tuple(METHODS)
+
+
+@dataclass
+class Table:
+    """Print the table (Markdown): mean over the seeds."""
+
+
+def run(grid: Run) -> None:
+    cells = [
+        (rounds, seed, name, method)
+        for rounds in grid.rounds
+        for seed in grid.seeds
+        for name in grid.models
+        for method in grid.methods
+    ]
+    for cell in cells:
+        done = read() if RESULTS.is_file() else []
+        if any((r["rounds"], r["seed"], r["model"], r["method"]) == cell for r in done):
+            continue
+        row = one(grid.reference, *cell)
+        write_rows(RESULTS, [*done, row])
+        print(*cell, *(round(row[k], 4) for k in ("acc", "asr", "asr_excl")), flush=True)
+
+
+def one(reference: Path, rounds: int, seed: int, name: str, method: str) -> dict[str, Any]:
+    file, trigger, target = MODELS[name]
+    picture = reference / "triggers" / f"{trigger}.png" if trigger else None
+    attack = pipeline.make_or_read_attack(
+        "cifar10", trigger or "badnets", target, trigger=picture, rule="add"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.safetensors"
+        pipeline.convert(reference / "checkpoints" / f"{file}_ckpt.pth", path, "cifar10", attack)
+        model = load_model(path)
+    logits = evaluation_logits(build(model.architecture, model.num_classes), model.variables)
+    measure = evaluator(logits, load("cifar10", "test[5000:]"), model.attack)
+    config = replace(IBAUConfig(), rounds=rounds, keep_diverged=True, **METHODS[method])
+    clean, key = load("cifar10", "test[:5000]"), jax.random.key(seed)
+    started = time.perf_counter()
+    result = unlearn(logits, model.variables["params"], clean, config=config, key=key)
+    wall = time.perf_counter() - started
+    kept = ("residual", "failed_solves", "fallbacks", "products", "contraction", "delta_norm")
+    return {
+        **{"model": name, "method": method, "rounds": rounds, "seed": seed},
+        **measure(result.params)._asdict(),
+        **{k: result.history[-1][k] for k in kept},
+        **{"seconds": result.seconds, "wall_seconds": wall},
+    }
+
+
+def read() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()]
+
+
+def table() -> None:
+    cells = defaultdict(list)
+    for row in read():
+        cells[row["rounds"], row["model"], row["method"]].append(row)
+    print("| rounds | model | method | seeds | ACC | ASR | ASR excl. | residual | diverged | s |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for rounds in (1, 3):
+        for name in MODELS:
+            for method in METHODS:
+                if not (rows := cells.get((rounds, name, method))):
+                    continue
+                values = []
+                for field in ("acc", "asr", "asr_excl", "residual", "failed_solves", "seconds"):
+                    found = [r[field] for r in rows if r[field] is not None]
+                    digits = 0 if field in ("failed_solves", "seconds") else 3
+                    values.append(f"{np.mean(found):.{digits}f}" if found else "")
+                print(f"| {rounds} | {name} | {method} | {len(rows)} |", " | ".join(values), "|")
+
+
+if __name__ == "__main__":
+    chosen = tyro.cli(
+        Annotated[Run, tyro.conf.subcommand("run")]
+        | Annotated[Table, tyro.conf.subcommand("table")],
+        description=__doc__,
+    )
+    sys.exit(run(chosen) if isinstance(chosen, Run) else table())
