@@ -1,0 +1,146 @@
+"""What the published procedure computes on the authors' models: one row for each model.
+
+    python experiments/diagnosis.py --reference DIR
+
+Needs CIFAR-10 and GTSRB (TFDS_DATA_DIR) and the folder of the published checkpoints. At the
+perturbation of the published ascent: how far it is from a stationary point, the extreme
+eigenvalues of the inner Hessian there (Lanczos), the contraction factor of the published fixed
+point, and what its terms are worth against a long normal-CG solve. Rows go to
+`experiments/results/diagnosis.jsonl`; the table is printed.
+"""
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from jax.flatten_util import ravel_pytree
+
+from ibau_jax import IBAUConfig, load
+from ibau_jax.batches import make_batches, resolve
+from ibau_jax.checkpoint import convert_pth
+from ibau_jax.hypergradient import Direct, Neumann, NormalCG, hypergradient
+from ibau_jax.ibau import make_ascent, make_inner, make_loss, patch, pick
+from ibau_jax.models import build, evaluation_logits
+from ibau_jax.report import write_rows
+from ibau_jax.solvers import arnoldi
+
+RESULTS = Path(__file__).parent / "results" / "diagnosis.jsonl"
+MODELS = {
+    "BadNets": ("badnets_8_02", "cifar10"),
+    "l2": ("l2_inv_0_02", "cifar10"),
+    "Trojan WM": ("trojan_wm_2_02", "cifar10"),
+    "GTSRB BadNets": ("gtsrbbadnets_8_02", "gtsrb"),
+    "GTSRB Trojan WM": ("gtsrbtrojan_wm_2_02", "gtsrb"),
+}
+
+
+@dataclass
+class Settings:
+    """Diagnose the published procedure."""
+
+    reference: Path
+    """Folder of the published models (checkpoints/)."""
+    models: tuple[str, ...] = tuple(MODELS)
+    lanczos: int = 40
+    """Products for the extreme eigenvalues."""
+    exact: int = 60
+    """Steps of the normal-CG solve that counts as exact."""
+    out: Path = RESULTS
+
+
+def diagnose(settings: Settings, name: str) -> dict[str, Any]:
+    file, dataset = MODELS[name]
+    path = settings.reference / "checkpoints" / f"{file}_ckpt.pth"
+    variables, classes, _ = convert_pth(path)
+    logits, params = evaluation_logits(build("vgg", classes), variables), variables["params"]
+    clean = load(dataset, "test[:5000]")
+    config = resolve(IBAUConfig.published(dataset), logits, params, clean.images)
+    batches, _ = make_batches(clean, config)
+    loss = make_loss(logits, config)
+    inner_of = make_inner(loss, config)
+    first = pick(batches, 0)
+    second = patch(jax.random.key(0), pick(batches, 1), config.share)
+
+    def inner(d, p):
+        return inner_of(d, p, first)
+
+    def outer(d, p):
+        return loss(d, p, second)
+
+    free = replace(config, radius=1e9)
+    raw, _ = jax.jit(make_ascent(logits, free))(params, batches, 0)
+    delta = config.ball.project(raw)
+    value = jax.jit(jax.value_and_grad(inner))
+    start_value, start_slope = value(jnp.zeros_like(delta), params)
+    end_value, end_slope = value(delta, params)
+    # On the sphere a maximum has its whole slope along delta; what is left is the distance to it.
+    unit = delta / jnp.linalg.norm(delta)
+    tangential = end_slope - jnp.sum(end_slope * unit) * unit
+
+    @jax.jit
+    def spectrum(d, p):
+        _, hessian = jax.linearize(lambda d: jax.grad(inner)(d, p), d)
+        start = jax.random.normal(jax.random.key(1), d.shape)
+        return arnoldi(hessian, start, settings.lanczos)[1][:-1]
+
+    small = np.asarray(spectrum(delta, params), np.float64)
+    values = np.linalg.eigvalsh((small + small.T) / 2)
+
+    def solve(solver):
+        run = jax.jit(
+            lambda d, p: hypergradient(outer, inner, d, p, solver=solver, keep_diverged=True)
+        )
+        _, gradient, report = run(delta, params)
+        return np.asarray(ravel_pytree(gradient)[0], np.float64), report
+
+    direct, _ = solve(Direct())
+    exact, exact_report = solve(NormalCG(settings.exact, damping=0.1))
+    five, five_report = solve(Neumann(5, 0.1))
+    twenty, twenty_report = solve(Neumann(20, 0.1))
+
+    def cosine(a, b):
+        return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+
+    return {
+        "model": name,
+        "ascent_norm": float(jnp.linalg.norm(raw)),
+        "delta_norm": float(jnp.linalg.norm(delta)),
+        "loss_at_zero": -float(start_value),
+        "loss_at_delta": -float(end_value),
+        "slope_at_zero": float(jnp.linalg.norm(start_slope)),
+        "slope_at_delta": float(jnp.linalg.norm(end_slope)),
+        "tangential_slope": float(jnp.linalg.norm(tangential)),
+        "smallest_eigenvalue": float(values[0]),
+        "largest_eigenvalue": float(values[-1]),
+        "contraction": float(np.abs(1 - 0.1 * values[[0, -1]]).max()),
+        "residual_5": float(five_report.residual),
+        "residual_20": float(twenty_report.residual),
+        "residual_exact": float(exact_report.residual),
+        "direct_norm": float(np.linalg.norm(direct)),
+        "implicit_norm_5": float(np.linalg.norm(five - direct)),
+        "implicit_norm_20": float(np.linalg.norm(twenty - direct)),
+        "implicit_norm_exact": float(np.linalg.norm(exact - direct)),
+        "cosine_5_exact": cosine(five - direct, exact - direct),
+        "cosine_5_direct": cosine(five, direct),
+    }
+
+
+def main(settings: Settings) -> None:
+    rows = []
+    for name in settings.models:
+        rows.append(diagnose(settings, name))
+        write_rows(settings.out, rows)
+        print(name, file=sys.stderr, flush=True)
+    print("| |", " | ".join(row["model"] for row in rows), "|")
+    print("|---" * (len(rows) + 1) + "|")
+    for key in list(rows[0])[1:]:
+        print(f"| {key.replace('_', ' ')} |", " | ".join(f"{row[key]:.3g}" for row in rows), "|")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings, description=__doc__))
