@@ -9,7 +9,6 @@ there already. A series or a solve that diverges is used as it is (`keep_diverge
 table shows the solver and not its fallback; how many did is in the table.
 """
 
-import json
 import sys
 import tempfile
 import time
@@ -21,8 +20,9 @@ from typing import Annotated, Any
 import jax
 import numpy as np
 import tyro
+from published_models import import_model, read
 
-from ibau_jax import IBAUConfig, load, pipeline, unlearn
+from ibau_jax import IBAUConfig, load, unlearn
 from ibau_jax.checkpoint import load_model
 from ibau_jax.hypergradient import CG, Direct, Neumann, NormalCG
 from ibau_jax.metrics import evaluator
@@ -30,11 +30,7 @@ from ibau_jax.models import build, evaluation_logits
 from ibau_jax.report import write_rows
 
 RESULTS = Path(__file__).parent / "results" / "ablation.jsonl"
-MODELS = {  # file, trigger, target
-    "BadNets": ("badnets_8_02", None, 8),
-    "l2": ("l2_inv_0_02", "l2_inv", 0),
-    "Trojan WM": ("trojan_wm_2_02", "trojan_wm", 2),
-}
+NAMES = ("BadNets", "l2", "Trojan WM")
 METHODS: dict[str, dict[str, Any]] = {
     # A ball of no size: nothing is patched, and Adam fine-tunes on the clean set.
     "fine-tuning": {"radius": 1e-9, "solver": Direct()},
@@ -56,7 +52,7 @@ class Run:
     """Folder of the published models (checkpoints/, triggers/)."""
     rounds: tuple[int, ...] = (1, 3)
     seeds: tuple[int, ...] = (0, 1, 2)
-    models: tuple[str, ...] = tuple(MODELS)
+    models: tuple[str, ...] = NAMES
     methods: tuple[str, ...] = tuple(METHODS)
 
 
@@ -74,7 +70,7 @@ def run(grid: Run) -> None:
         for method in grid.methods
     ]
     for cell in cells:
-        done = read() if RESULTS.is_file() else []
+        done = read(RESULTS)
         if any((r["rounds"], r["seed"], r["model"], r["method"]) == cell for r in done):
             continue
         row = one(grid.reference, *cell)
@@ -83,15 +79,8 @@ def run(grid: Run) -> None:
 
 
 def one(reference: Path, rounds: int, seed: int, name: str, method: str) -> dict[str, Any]:
-    file, trigger, target = MODELS[name]
-    picture = reference / "triggers" / f"{trigger}.png" if trigger else None
-    attack = pipeline.make_or_read_attack(
-        "cifar10", trigger or "badnets", target, trigger=picture, rule="add"
-    )
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.safetensors"
-        pipeline.convert(reference / "checkpoints" / f"{file}_ckpt.pth", path, "cifar10", attack)
-        model = load_model(path)
+        model = load_model(import_model(reference, name, Path(folder)))
     logits = evaluation_logits(build(model.architecture, model.num_classes), model.variables)
     measure = evaluator(logits, load("cifar10", "test[5000:]"), model.attack)
     config = replace(IBAUConfig(), rounds=rounds, keep_diverged=True, **METHODS[method])
@@ -108,18 +97,14 @@ def one(reference: Path, rounds: int, seed: int, name: str, method: str) -> dict
     }
 
 
-def read() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()]
-
-
 def table() -> None:
     cells = defaultdict(list)
-    for row in read():
+    for row in read(RESULTS):
         cells[row["rounds"], row["model"], row["method"]].append(row)
     print("| rounds | model | method | seeds | ACC | ASR | ASR excl. | residual | diverged | s |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     for rounds in (1, 3):
-        for name in MODELS:
+        for name in NAMES:
             for method in METHODS:
                 if not (rows := cells.get((rounds, name, method))):
                     continue

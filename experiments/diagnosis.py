@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from jax.flatten_util import ravel_pytree
+from published_models import MODELS
 
 from ibau_jax import IBAUConfig, load
 from ibau_jax.batches import make_batches, resolve
@@ -30,13 +31,6 @@ from ibau_jax.report import write_rows
 from ibau_jax.solvers import arnoldi
 
 RESULTS = Path(__file__).parent / "results" / "diagnosis.jsonl"
-MODELS = {
-    "BadNets": ("badnets_8_02", "cifar10"),
-    "l2": ("l2_inv_0_02", "cifar10"),
-    "Trojan WM": ("trojan_wm_2_02", "cifar10"),
-    "GTSRB BadNets": ("gtsrbbadnets_8_02", "gtsrb"),
-    "GTSRB Trojan WM": ("gtsrbtrojan_wm_2_02", "gtsrb"),
-}
 
 
 @dataclass
@@ -54,7 +48,7 @@ class Settings:
 
 
 def diagnose(settings: Settings, name: str) -> dict[str, Any]:
-    file, dataset = MODELS[name]
+    file, dataset, _, _ = MODELS[name]
     path = settings.reference / "checkpoints" / f"{file}_ckpt.pth"
     variables, classes, _ = convert_pth(path)
     logits, params = evaluation_logits(build("vgg", classes), variables), variables["params"]

@@ -53,7 +53,7 @@ def run(grid: Run) -> None:
         # Algorithm 1 patches every image, so its seed changes nothing.
         for seed in grid.seeds if preset != "algorithm1" else grid.seeds[:1]:
             for name in grid.models:
-                done = read() if RESULTS.is_file() else []
+                done = read()
                 if any(key(row) == (name, preset, seed) for row in done):
                     continue
                 with tempfile.TemporaryDirectory() as folder:
@@ -65,6 +65,15 @@ def run(grid: Run) -> None:
 
 def one(reference: Path, name: str, preset: str, seed: int, folder: Path) -> list[dict]:
     """Rows of one run, round 0 first."""
+    model = import_model(reference, name, folder)
+    pipeline.defend(
+        model, preset=preset, seed=seed, out=folder / "run", progress=True, experiment=name
+    )
+    return read_rows(folder / "run")
+
+
+def import_model(reference: Path, name: str, folder: Path) -> Path:
+    """Convert a published checkpoint, with its trigger, to a model file in `folder`."""
     file, dataset, trigger, target = MODELS[name]
     picture = reference / "triggers" / f"{trigger}.png" if trigger else None
     attack = pipeline.make_or_read_attack(
@@ -72,14 +81,12 @@ def one(reference: Path, name: str, preset: str, seed: int, folder: Path) -> lis
     )
     model = folder / f"{file}.safetensors"
     pipeline.convert(reference / "checkpoints" / f"{file}_ckpt.pth", model, dataset, attack)
-    pipeline.defend(
-        model, preset=preset, seed=seed, out=folder / "run", progress=True, experiment=name
-    )
-    return read_rows(folder / "run")
+    return model
 
 
-def read() -> list[dict]:
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()]
+def read(path: Path = RESULTS) -> list[dict]:
+    """Rows written so far."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def key(row: dict) -> tuple:

@@ -32,6 +32,8 @@ class Report(NamedTuple):
       contraction: ratio of the norms of the last two terms of a Neumann series, scalar: an
         estimate of its factor per term, above 1 where it diverges. None for other solvers, and
         for one term alone.
+      dropped: bool scalar, set by `hypergradient`: x was not used, the gradient is the direct
+        one. None before.
     """
 
     residual: jax.Array
