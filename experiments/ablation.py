@@ -46,7 +46,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Run:
-    """Fill the grid, the cheap part first."""
+    """Fill the grid, seed by seed."""
 
     reference: Path
     """Folder of the published models (checkpoints/, triggers/)."""
@@ -64,8 +64,8 @@ class Table:
 def run(grid: Run) -> None:
     cells = [
         (rounds, seed, name, method)
-        for rounds in grid.rounds
         for seed in grid.seeds
+        for rounds in grid.rounds
         for name in grid.models
         for method in grid.methods
     ]

@@ -3,8 +3,9 @@
 Two facts decide the form of the code on a CPU (design notes in README, "Speed"):
 
 1. XLA runs the derivatives of `lax.conv` inside a loop (`fori_loop`, `scan`) as naive loops,
-   many times slower than outside. A convolution written as a few matrix products has only
-   matrix products in its derivatives, of any order, and costs the same in a loop.
+   many times slower than outside. A convolution written as a few matrix products (Winograd's,
+   a third fewer) has only matrix products in its derivatives, of any order, and costs the same
+   in a loop.
 2. In evaluation mode batch norm is an affine map, which is folded into the convolution: the
    gradients of its scale and offset then cost a few sums over the kernel instead of sums over
    every activation.
@@ -101,13 +102,32 @@ def convolve(x: jax.Array, kernel: jax.Array, implementation: str = "auto") -> j
         return lax.conv_general_dilated(
             x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
-    height, width = x.shape[1:3]
+    height, width, channels = x.shape[1:]
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    # Three horizontal neighbours side by side: a third of the memory of all nine, and the
-    # three rows of the kernel are three products with shifted views of it.
+    # Three horizontal neighbours side by side: a third of the memory of all nine.
     rows = jnp.concatenate([padded[:, :, j : j + width] for j in range(3)], axis=-1)
-    flat = kernel.reshape(3, -1, kernel.shape[-1])
-    return sum(rows[:, i : i + height] @ flat[i] for i in range(3))  # pyright: ignore
+    flat = kernel.reshape(3, 3 * channels, -1)
+    if height % 2 or channels < 16:  # the rows of the kernel: products with shifted views
+        return sum(rows[:, i : i + height] @ flat[i] for i in range(3))  # pyright: ignore
+    return _winograd(rows, flat)
+
+
+def _winograd(rows: jax.Array, flat: jax.Array) -> jax.Array:
+    """[N, H, W, K] correlated along H with [3, K, D] -> [N, H - 2, W, D], H even.
+
+    Winograd's F(2, 3): two neighbouring sums of three products from four products instead of
+    six, in every derivative as well (Lavin and Gray, "Fast algorithms for convolutional neural
+    networks", 2016, section 4.1). Sums and differences of neighbours cost some rounding.
+    """
+    n, height, width, k = rows.shape
+    pairs = rows.reshape(n, height // 2, 2, width, k)
+    even, odd = pairs[:, :, 0], pairs[:, :, 1]
+    r0, r1, r2, r3 = even[:, :-1], odd[:, :-1], even[:, 1:], odd[:, 1:]
+    views = jnp.stack([r0 - r2, r1 + r2, r2 - r1, r1 - r3]).reshape(4, -1, k)
+    middle = (flat[0] + flat[2]) / 2
+    taps = jnp.stack([flat[0], middle + flat[1] / 2, middle - flat[1] / 2, flat[2]])
+    m = (views @ taps).reshape(4, n, height // 2 - 1, width, -1)
+    return jnp.stack([m[0] + m[1] + m[2], m[1] - m[2] - m[3]], 2).reshape(n, height - 2, width, -1)
 
 
 def max_pool(x: jax.Array) -> jax.Array:
@@ -126,14 +146,29 @@ def max_pool(x: jax.Array) -> jax.Array:
 
 @jax.custom_jvp
 def elu(x: jax.Array) -> jax.Array:
-    """ELU with alpha 1. Its derivative is written with its value, so `exp` is computed once."""
-    return jnp.where(x > 0, x, jnp.expm1(jnp.minimum(x, 0)))
+    """ELU with alpha 1. Its derivatives are written with its value, so `exp` is computed once."""
+    return _elu_and_slope(x)[0]
 
 
 @elu.defjvp
 def _elu_jvp(primals, tangents):
-    y = elu(*primals)
-    return y, tangents[0] * (jnp.minimum(y, 0) + 1)
+    y, slope = _elu_and_slope(*primals)
+    return y, tangents[0] * slope
+
+
+# Both from one function, so that a linearised gradient (a product with a Hessian) keeps one
+# array for the first and the second derivative, not three.
+@jax.custom_jvp
+def _elu_and_slope(x):
+    y = jnp.where(x > 0, x, jnp.expm1(jnp.minimum(x, 0)))
+    return y, jnp.minimum(y, 0) + 1
+
+
+@_elu_and_slope.defjvp
+def _elu_and_slope_jvp(primals, tangents):
+    y, slope = _elu_and_slope(*primals)
+    moved = tangents[0] * slope
+    return (y, slope), (moved, jnp.where(y < 0, moved, 0))
 
 
 ARCHITECTURES: dict[str, type[VGG]] = {"vgg": VGG}

@@ -20,9 +20,12 @@ def test_size_is_that_of_table_7():
         assert sum(x.size for x in jax.tree.leaves(params)) == count
 
 
-@pytest.mark.parametrize("channels", [(3, 5), (8, 4)])
-def test_convolutions_agree_with_their_derivatives(channels, x64):
-    x = jax.random.normal(KEY, (2, 6, 8, channels[0]), jnp.float64)
+@pytest.mark.parametrize(
+    ("height", "channels"),
+    [(6, (3, 5)), (6, (16, 4)), (2, (16, 8)), (5, (16, 4))],  # Winograd's are the two in the middle
+)
+def test_convolutions_agree_with_their_derivatives(height, channels, x64):
+    x = jax.random.normal(KEY, (2, height, 8, channels[0]), jnp.float64)
     kernel = jax.random.normal(KEY, (3, 3, *channels), jnp.float64)
 
     def loss(implementation):
@@ -30,7 +33,7 @@ def test_convolutions_agree_with_their_derivatives(channels, x64):
 
     one, two = loss("patches"), loss("lax")
     np.testing.assert_allclose(
-        convolve(x, kernel, "patches"), convolve(x, kernel, "lax"), atol=1e-12
+        convolve(x, kernel, "patches"), convolve(x, kernel, "lax"), atol=1e-11
     )
     tangent = jax.random.normal(jax.random.key(1), x.shape, jnp.float64)
 
