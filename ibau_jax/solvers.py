@@ -237,7 +237,7 @@ def _conjugate_gradients(matvec: MatVec, b: Tree, steps: int, tolerance: float):
 
 def dot(a: Tree, b: Tree) -> jax.Array:
     """Inner product of two pytrees."""
-    return sum(jax.tree.leaves(jax.tree.map(lambda x, y: jnp.vdot(x, y), a, b)), jnp.zeros(()))
+    return jnp.asarray(sum(jax.tree.leaves(jax.tree.map(lambda x, y: jnp.vdot(x, y), a, b))))
 
 
 def norm(tree: Tree) -> jax.Array:
