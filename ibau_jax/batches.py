@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ibau_jax import parallel
 from ibau_jax.config import IBAUConfig
 from ibau_jax.data import Dataset
 from ibau_jax.errors import InputError
 from ibau_jax.models import Logits, Params
+from ibau_jax.parallel import Devices
 
 
 class Batch(NamedTuple):
@@ -21,59 +23,101 @@ class Batch(NamedTuple):
       labels: int32 [B].
       weights: [B], adding up to 1 over the real rows.
       patched: [B], 1 where the image carries delta.
+      size: int32 scalar, images in the whole batch, over all devices; None: one device has all.
     """
 
     images: Any
     labels: Any
     weights: Any
     patched: Any
+    size: Any = None
 
 
-def make_batches(clean: Dataset, config: IBAUConfig) -> tuple[Batch, np.ndarray]:
+def make_batches(
+    clean: Dataset, config: IBAUConfig, on: Devices | None = None
+) -> tuple[Batch, np.ndarray]:
     """Cut a clean set, in its order, into batches; the last one may be smaller.
-
-    `config` comes from `resolve`.
 
     All have one shape (so everything compiles once): what is missing is filled up with rows
     of weight 0, which count nowhere.
+
+    Args:
+      config: from `resolve`.
+      on: spread the rows of each batch over these devices; None: leave them where JAX puts
+        arrays.
 
     Returns:
       The stack, and the number of real images in each batch.
     """
     count, real = len(clean.labels), config.batch_size
     assert real is not None, "the config is resolved first"
-    rows = -(-real // config.rows_multiple) * config.rows_multiple
     starts = np.arange(0, count, real)
     sizes = np.minimum(real, count - starts)
-    index = starts[:, None] + np.minimum(np.arange(rows), sizes[:, None] - 1)
-    mask = np.arange(rows) < sizes[:, None]
-    dtype = clean.images.dtype
-    weights = (mask / sizes[:, None]).astype(dtype)
-    batch = Batch(
-        images=clean.images[index],
-        labels=clean.labels[index],
-        weights=weights,
-        patched=np.zeros_like(weights),
-    )
-    return jax.tree.map(jnp.asarray, batch), sizes
+    shares = 1 if on is None else len(on.all)
+    rows = _multiple(-(-real // shares), config.rows_multiple)
+
+    def rows_of(device: int) -> Batch:
+        row = device + shares * np.arange(rows)
+        index = starts[:, None] + np.minimum(row, sizes[:, None] - 1)
+        weights = (row < sizes[:, None]) / sizes[:, None]
+        return Batch(
+            images=clean.images[index],
+            labels=clean.labels[index],
+            weights=weights.astype(clean.images.dtype),
+            patched=np.zeros(index.shape, clean.images.dtype),
+            size=sizes.astype(np.int32),
+        )
+
+    return (jax.tree.map(jnp.asarray, rows_of(0)) if on is None else on.share(rows_of)), sizes
 
 
-def resolve(config: IBAUConfig, logits: Logits, params: Params, images: Any) -> IBAUConfig:
+def first_rows(batch: Batch, count: int | None, multiple: int, axis: str | None = None) -> Batch:
+    """The first `count` images of a batch, weights adding up to 1 again; None: all.
+
+    On each device a multiple of `multiple` rows.
+    """
+    if count is None:
+        return batch
+    rows = _multiple(-(-count // parallel.width(axis)), multiple)
+    batch = jax.tree.map(lambda a: a[:rows] if a.ndim else a, batch)
+    size = jnp.minimum(count, images_in(batch))
+    real = parallel.numbers(len(batch.weights), axis) < size
+    return batch._replace(weights=(real / size).astype(batch.weights.dtype), size=size)
+
+
+def images_in(batch: Batch) -> jax.Array:
+    """How many images a batch has, over all devices."""
+    return jnp.sum(batch.weights > 0) if batch.size is None else batch.size
+
+
+def _multiple(count: int, of: int) -> int:
+    return -(-count // of) * of
+
+
+def resolve(
+    config: IBAUConfig, logits: Logits, params: Params, images: Any, num_devices: int = 1
+) -> IBAUConfig:
     """Settle what `config` leaves open: batch size, rounds and microbatch, for this clean set.
 
-    On a CPU ten images at a time stay in the cache; but a model with `lax.conv` must not run
+    On a CPU about ten images at a time stay in the cache; but a model with `lax.conv` must not run
     inside a loop there (XLA's derivatives of convolutions in loops are many times slower), and
     an accelerator wants the whole batch.
     """
     count = len(images)
-    batch_size = min(config.batch_size or max(10, min(100, count // 10)), count)
+    batch_size = images_a_batch(config, count)
     rounds = config.rounds or max(2, -(-80 // -(-count // batch_size)))
     microbatch = config.microbatch
     if microbatch == "auto":
         program = str(jax.make_jaxpr(logits)(params, images[:1]))
         loops = jax.default_backend() == "cpu" and "conv_general_dilated" not in program
-        microbatch = 10 if loops else None
+        share = -(-batch_size // num_devices)
+        microbatch = -(-share // -(-share // 10)) if loops else None
     return replace(config, batch_size=batch_size, rounds=rounds, microbatch=microbatch)
+
+
+def images_a_batch(config: IBAUConfig, count: int) -> int:
+    """The batch size for a clean set of `count` images."""
+    return min(config.batch_size or max(10, min(100, count // 10)), count)
 
 
 def check_clean(logits: Logits, params: Params, clean: Dataset) -> Dataset:

@@ -1,6 +1,7 @@
 """The command line `ibau`: results on stdout, progress and notes on stderr.
 
-Exit status 0: done; 2: a bad argument or unreadable input, told in one line.
+Exit status 0: done; 2: a bad argument or unreadable input, told in one line; 3: another process
+of the run is gone. Of many processes the first prints the result.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ import tyro
 from rich.console import Console
 from tyro.conf import Positional, arg
 
-from ibau_jax.errors import InputError
+from ibau_jax.errors import InputError, LostProcess
 
 app = tyro.extras.SubcommandApp()
 
@@ -47,6 +48,13 @@ TriggerFile = Annotated[Path | None, arg(help="picture of a trigger, 32x32 RGB")
 TriggerRule = Annotated[
     str, arg(help="add: clip(image + trigger); replace: image * (1 - mask) + trigger")
 ]
+NumDevices = Annotated[int | None, arg(help="GPUs, TPU cores or CPUs to use; default: all")]
+Coordinator = Annotated[
+    str | None,
+    arg(help="several machines: HOST:PORT of process 0, or auto (SLURM, Open MPI, TPU pods)"),
+]
+NumProcesses = Annotated[int | None, arg(help="several machines: how many processes")]
+ProcessId = Annotated[int | None, arg(help="several machines: which one this is, from 0")]
 TriggerMask = Annotated[Path | None, arg(help="mask for the rule replace, an .npy file")]
 
 
@@ -71,14 +79,28 @@ def train(
     poison_ratio: Annotated[float, arg(help="share of the training set that is poisoned")] = 0.2,
     epochs: Annotated[int | None, arg(help="default: 8 for digits, else 50")] = None,
     seed: Seed = 0,
+    devices: NumDevices = None,
+    coordinator: Coordinator = None,
+    num_processes: NumProcesses = None,
+    process_id: ProcessId = None,
     data_dir: DataDir = None,
     json: AsJson = False,
 ) -> None:
     """Train a model, poisoned or clean, and write it to one file."""
     from ibau_jax import pipeline
 
+    _join(coordinator, num_processes, process_id)
     found = pipeline.train_model(
-        out, dataset, attack, target, poison_ratio, epochs, seed, data_dir, progress=True
+        out,
+        dataset,
+        attack,
+        target,
+        poison_ratio,
+        epochs,
+        seed,
+        data_dir,
+        progress=True,
+        num_devices=devices,
     )
     _finish(found, json)
 
@@ -129,12 +151,17 @@ def defend(
     out: Annotated[
         Path | None, arg(help="folder to write; default: runs/MODEL-DEFENSE-PRESET-seedN")
     ] = None,
+    devices: NumDevices = None,
+    coordinator: Coordinator = None,
+    num_processes: NumProcesses = None,
+    process_id: ProcessId = None,
     data_dir: DataDir = None,
     json: AsJson = False,
 ) -> None:
     """Remove the backdoor from a model with a small clean set; write the result and a report."""
     from ibau_jax import pipeline
 
+    _join(coordinator, num_processes, process_id)
     found = pipeline.defend(
         model,
         defense,
@@ -148,6 +175,7 @@ def defend(
         data_dir,
         progress=True,
         on_note=_note,
+        num_devices=devices,
     )
     _finish(found, json, rows=Path(found["report"]).parent)
 
@@ -241,12 +269,34 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         _parse(arguments)()
     except InputError as error:
-        print(f"ibau: {error}", file=sys.stderr)
-        return 2
+        return _fail(str(error), 2)
+    except LostProcess as error:
+        return _fail(str(error), 3)
     except KeyboardInterrupt:
-        print("ibau: interrupted; results of earlier runs are untouched", file=sys.stderr)
-        return 130
+        return _fail("interrupted; results of earlier runs are untouched", 130)
     return 0
+
+
+def _fail(text: str, status: int) -> int:
+    print(f"ibau: {text}", file=sys.stderr, flush=True)
+    if "ibau_jax.processes" in sys.modules:
+        sys.modules["ibau_jax.processes"].leave(status)
+    return status
+
+
+def _join(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+    from ibau_jax import processes
+
+    if coordinator is not None:
+        # Gloo, which connects CPUs, talks on stdout; that is for results alone.
+        results = os.dup(1)
+        os.dup2(2, 1)
+        sys.stdout = open(results, "w")  # noqa: SIM115  (until the process ends)
+        processes.start(coordinator, num_processes, process_id)
+    elif num_processes is not None or process_id is not None:
+        raise InputError(
+            "--num-processes or --process-id without --coordinator: give HOST:PORT of process 0"
+        )
 
 
 def _parse(arguments: list[str] | None) -> Callable[[], None]:
@@ -280,6 +330,8 @@ def _note(text: str) -> None:
 
 def _finish(found: dict[str, Any], as_json: bool, rows: Path | None = None) -> None:
     """Print a result: JSON, or a table (of rows, where there are some) and the other values."""
+    if "ibau_jax.processes" in sys.modules and not sys.modules["ibau_jax.processes"].is_first():
+        return
     if as_json:
         print(json.dumps(found))
         return

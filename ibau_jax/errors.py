@@ -1,4 +1,4 @@
-"""The one exception for wrong input: what was expected, what was found, what to do."""
+"""The exception for wrong input (what was expected, what was found, what to do), and another."""
 
 import difflib
 from collections.abc import Iterable
@@ -10,6 +10,10 @@ class InputError(ValueError):
     The command line prints the text and exits with status 2; a library user sees a
     `ValueError`.
     """
+
+
+class LostProcess(RuntimeError):
+    """Another process of a run on many machines is gone; the command line exits with status 3."""
 
 
 def check_name(kind: str, name: str, known: Iterable[str]) -> None:

@@ -23,13 +23,15 @@ import numpy as np
 import optax
 from jax import lax
 
-from ibau_jax.batches import Batch, check_clean, make_batches, resolve
+from ibau_jax import parallel, processes
+from ibau_jax.batches import Batch, check_clean, first_rows, images_in, make_batches, resolve
 from ibau_jax.config import IBAUConfig
 from ibau_jax.data import Dataset
 from ibau_jax.errors import InputError
 from ibau_jax.hypergradient import Report, hypergradient, hypergradient_jaxopt
 from ibau_jax.microbatch import summed
 from ibau_jax.models import Logits, Params
+from ibau_jax.parallel import AXIS, Devices
 from ibau_jax.progress import progress_bar
 from ibau_jax.solvers import all_finite
 
@@ -69,6 +71,7 @@ def unlearn(
     evaluate: Callable[[Params], Mapping[str, Any]] | None = None,
     on_round: Callable[[dict[str, Any]], None] | None = None,
     progress: bool = False,
+    devices: Devices | None = None,
 ) -> Result:
     """Remove a backdoor that is not known, with a small clean set.
 
@@ -83,17 +86,26 @@ def unlearn(
         what it gives is put into the round's record (for example ACC and ASR).
       on_round: called with the record of each round as it ends; round 0 is the model as given.
       progress: show a progress bar on stderr.
+      devices: over which each batch is spread (`parallel.devices`); default: all of all
+        processes. The result is the same but for rounding. With many processes all call this
+        function with the same arguments.
 
     Returns:
-      A `Result`.
+      A `Result`, the same in each process.
 
     Raises:
       InputError: `clean` or `params` are not as described, `logits` refuses the images, or the
         parameters diverge.
     """
     clean = check_clean(logits, params, clean)
-    config = resolve(config, logits, params, clean.images)
-    batches, sizes = make_batches(clean, config)
+    devices = devices or parallel.devices()
+    config = resolve(config, logits, params, clean.images, len(devices.all))
+    if config.route != "explicit" and len(devices.all) > 1:
+        raise InputError(
+            f"the route {config.route!r} computes on one device, found {len(devices.all)}: choose "
+            "the route 'explicit' (the same gradient) or one device"
+        )
+    batches, sizes = make_batches(clean, config, devices)
     rounds, num_batches = config.rounds or 0, len(sizes)
     schedule = config.schedule(num_batches)  # batches of each outer pass between two ascents
     optimizer = config.outer_transform(rounds * num_batches)
@@ -101,13 +113,11 @@ def unlearn(
 
     # Compiled once, apart from the work, so that its time can be told apart.
     started = time.perf_counter()
-    state = (params, jax.jit(optimizer.init)(params), key)
-    first = jnp.int32(0)
-    ascend = jax.jit(make_ascent(logits, config)).lower(params, batches, first).compile()
-    descend = (
-        jax.jit(make_descent(logits, config, optimizer))
-        .lower(state, zero, batches, first)
-        .compile()
+    state = devices.replicate((params, jax.jit(optimizer.init)(params), key))
+    zero, first = devices.replicate((zero, jnp.int32(0)))
+    ascend = devices.compile(make_ascent(logits, config, AXIS), state[0], batches, first, rows=(1,))
+    descend = devices.compile(
+        make_descent(logits, config, optimizer, AXIS), state, zero, batches, first, rows=(2,)
     )
     compile_seconds = time.perf_counter() - started
 
@@ -116,7 +126,7 @@ def unlearn(
 
     def record(**values):
         if evaluate is not None:
-            values |= dict(evaluate(state[0]))
+            values |= dict(evaluate(devices.one(state[0])))
         if on_round is not None:
             on_round(values)
         return values
@@ -129,16 +139,22 @@ def unlearn(
             steps: list[Step] = []
             inner_loss, delta = jnp.zeros(()), zero
             for start, stop in schedule:
-                delta, inner_loss = ascend(state[0], batches, jnp.int32(start))
-                for index in range(start, stop):
-                    state, step = descend(state, delta, batches, jnp.int32(index))
-                    steps.append(jax.block_until_ready(step))
-                    if not np.isfinite(step.loss):
+                with processes.watch():
+                    delta, inner_loss = ascend(
+                        state[0], batches, devices.replicate(np.int32(start))
+                    )
+                for index in devices.each(stop, start):
+                    with processes.watch():
+                        state, step = descend(state, delta, batches, index)
+                        steps.append(jax.block_until_ready(devices.one(step)))
+                    if not np.isfinite(steps[-1].loss):
                         raise _diverged(round_, len(steps), config)
                     advance(1, "")
-            if not all_finite(state[0]):
+            if not all_finite(devices.one(state[0])):
                 raise _diverged(round_, len(steps), config)
             seconds = time.perf_counter() - started
+            devices.check_equal(params=state[0], optimizer=state[1], delta=delta)
+            delta, inner_loss = devices.one((delta, inner_loss))
             deltas.append(np.asarray(delta))
             history.append(
                 record(
@@ -152,14 +168,15 @@ def unlearn(
             )
             advance(0, _note(history[-1]))
     total = sum(r["seconds"] for r in history)
-    return Result(state[0], history, np.stack(deltas), total, compile_seconds)
+    return Result(devices.one(state[0]), history, np.stack(deltas), total, compile_seconds)
 
 
-def make_loss(logits: Logits, config: IBAUConfig):
+def make_loss(logits: Logits, config: IBAUConfig, axis: str | None = None):
     """H of equation (1) on one batch: `loss(delta, params, batch) -> scalar`.
 
     The mean cross-entropy over the batch (`batch.weights` add up to 1) with delta on the
-    images that `batch.patched` marks.
+    images that `batch.patched` marks. With `axis`, the batch is spread over the devices of
+    that mapped axis, and the loss and its gradients are those of the whole batch.
     """
 
     def loss(delta, params, batch: Batch):
@@ -169,7 +186,8 @@ def make_loss(logits: Logits, config: IBAUConfig):
         return jnp.sum(batch.weights * cross_entropy(logits(params, images), batch.labels))
 
     size = config.microbatch
-    return summed(loss, size if isinstance(size, int) else None)
+    in_parts = summed(loss, size if isinstance(size, int) else None, axis)
+    return lambda delta, params, batch: in_parts(delta, params, batch._replace(size=None))
 
 
 def make_inner(loss, config: IBAUConfig):
@@ -183,13 +201,13 @@ def make_inner(loss, config: IBAUConfig):
     return inner
 
 
-def make_ascent(logits: Logits, config: IBAUConfig):
+def make_ascent(logits: Logits, config: IBAUConfig, axis: str | None = None):
     """The inner problem: `ascend(params, batches, start) -> (delta, loss)`.
 
     Starts from zero and takes the batches in turn from number `start`. `loss` is H on the last
     batch at the last delta before its final step.
     """
-    loss = make_loss(logits, config)
+    loss = make_loss(logits, config, axis)
     inner = jax.value_and_grad(make_inner(loss, config))
 
     def ascend(params, batches: Batch, start):
@@ -226,21 +244,29 @@ class Step(NamedTuple):
     report: Report
 
 
-def make_descent(logits: Logits, config: IBAUConfig, optimizer: optax.GradientTransformation):
+def make_descent(
+    logits: Logits,
+    config: IBAUConfig,
+    optimizer: optax.GradientTransformation,
+    axis: str | None = None,
+):
     """One outer step: `descend(state, delta, batches, index) -> (state, Step)`.
 
     `state` is (params, optimizer state, key).
     """
-    loss = make_loss(logits, config)
+    loss = make_loss(logits, config, axis)
     inner_loss = make_inner(loss, config)
     implicit = ROUTES[config.route]
 
     def descend(state, delta, batches: Batch, index):
         params, opt_state, key = state
         key, subkey = jax.random.split(key)
-        batch = patch(subkey, pick(batches, index), config.share)
-        hessian_batch = hessian_rows(
-            pick(batches, 0) if config.hessian == "first" else batch, config
+        batch = patch(subkey, pick(batches, index), config.share, axis)
+        hessian_batch = first_rows(
+            pick(batches, 0) if config.hessian == "first" else batch,
+            config.hessian_images,
+            config.rows_multiple,
+            axis,
         )
         value, gradient, report = implicit(
             lambda d, p: loss(d, p, batch),
@@ -257,25 +283,19 @@ def make_descent(logits: Logits, config: IBAUConfig, optimizer: optax.GradientTr
     return descend
 
 
-def patch(key: jax.Array, batch: Batch, share: float) -> Batch:
+def patch(key: jax.Array, batch: Batch, share: float, axis: str | None = None) -> Batch:
     """Mark a share of the images (never padding), drawn at random, as those that carry delta.
 
-    The published code marks int(0.01 * batch) images; in a batch below 100 that is none, and
-    then nothing is unlearned. At least one image is marked here.
+    The same images whatever the number of devices. The published code marks int(0.01 * batch)
+    images; in a batch below 100 that is none, and then nothing is unlearned. At least one image
+    is marked here.
     """
-    real = batch.weights > 0
-    count = jnp.maximum(1, jnp.floor(share * jnp.sum(real) + 1e-4))
-    scores = jnp.where(real, jax.random.uniform(key, real.shape), jnp.inf)
-    rank = jnp.argsort(jnp.argsort(scores))
+    size, rows = images_in(batch), len(batch.weights)
+    count = jnp.maximum(1, jnp.floor(share * size + 1e-4))
+    scores = jax.random.uniform(key, (rows * parallel.width(axis),), batch.weights.dtype)
+    scores = jnp.where(jnp.arange(len(scores)) < size, scores, jnp.inf)
+    rank = jnp.argsort(jnp.argsort(scores))[parallel.numbers(rows, axis)]
     return batch._replace(patched=(rank < count).astype(batch.weights.dtype))
-
-
-def hessian_rows(batch: Batch, config: IBAUConfig) -> Batch:
-    """The first `hessian_images` rows of a batch, weights adding up to 1 again."""
-    wanted = config.hessian_images or len(batch.weights)
-    count = -(-wanted // config.rows_multiple) * config.rows_multiple
-    rows = jax.tree.map(lambda a: a[:count], batch)
-    return rows._replace(weights=rows.weights / rows.weights.sum())
 
 
 def predicted(logits: Logits, params: Params, images: jax.Array, config: IBAUConfig) -> jax.Array:

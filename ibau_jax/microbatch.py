@@ -11,11 +11,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ibau_jax import parallel
+
 Loss = Callable[[Any, Any, Any], jax.Array]
 
 
-def summed(loss: Loss, size: int | None) -> Loss:
-    """`loss(delta, params, batch)`, a sum over the rows of `batch`, evaluated in microbatches.
+def summed(loss: Loss, size: int | None, axis: str | None = None) -> Loss:
+    """`loss(delta, params, batch)`, a sum over the rows of `batch`, taken in parts.
 
     Differentiable to any order in `delta` and `params`. The gradient is taken microbatch by
     microbatch *inside* the loop (a plain gradient of a loop would keep every activation, or
@@ -26,14 +28,24 @@ def summed(loss: Loss, size: int | None) -> Loss:
       loss: gives a scalar that adds up over rows; `batch` is a pytree whose leaves have the
         rows as their first axis.
       size: rows in a microbatch; it must divide the batch. None: the whole batch at once.
+      axis: name of a mapped axis (`jax.pmap`) over which the rows are spread. The value and
+        the gradients are then summed over it in one message, and so is each derivative of the
+        gradients in a direction; what they are taken at must be the same on all devices. Not
+        for reverse-mode derivatives of the gradient.
     """
-    if size is None:
+    if size is None and axis is None:
         return loss
 
     def split(batch):
         return jax.tree.map(lambda a: a.reshape(-1, size, *a.shape[1:]), batch)
 
     def accumulate(function, batch):
+        return parallel.total(over_microbatches(function, batch), axis)
+
+    def over_microbatches(function, batch):
+        if size is None:
+            return function(batch)
+
         def add(total, rows):
             return jax.tree.map(jnp.add, total, function(rows)), None
 

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ibau_jax import parallel
 from ibau_jax.errors import check_name
 
 Params = Any
@@ -34,27 +35,35 @@ class VGG(nn.Module):
       conv: `lax` (`lax.conv_general_dilated`, right for GPU and TPU), `patches` (matrix
         products, right for a CPU), or `auto`, which asks the backend. The parameters are
         the same.
+      axis: name of the mapped axis (`jax.pmap`) that a training batch is spread over.
     """
 
     num_classes: int
     conv: str = "auto"
+    axis: str | None = None
     widths: tuple[int, ...] = (32, 64, 128)
     dropout: tuple[float, ...] = (0.3, 0.4, 0.4)
 
     @nn.compact
-    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(
+        self, images: jax.Array, train: bool = False, weights: jax.Array | None = None
+    ) -> jax.Array:
         """images [N, 32, 32, 3] in [0, 1] -> logits [N, num_classes].
 
-        With `train`, batch statistics are used and collected, and dropout needs an rng.
+        With `train`, batch statistics are used and collected, and dropout needs an rng; both
+        are those of the whole batch on one device. There `weights` [N] tells the rows that
+        count (1 / images in the batch) from padding (0); None: all count.
         """
         x = images
         for i, (width, rate) in enumerate(zip(self.widths, self.dropout, strict=True)):
-            x = ConvNormELU(width, self.conv, name=f"conv{2 * i + 1}")(x, train)
-            x = ConvNormELU(width, self.conv, name=f"conv{2 * i + 2}")(x, train)
+            for j in (1, 2):
+                layer = ConvNormELU(width, self.conv, self.axis, name=f"conv{2 * i + j}")
+                x = layer(x, train, weights)
             x = max_pool(x)
-            x = nn.Dropout(rate)(x, deterministic=not train)
+            x = Dropout(rate, self.axis)(x, train)
         x = x.reshape(len(x), -1)
-        return nn.Dense(self.num_classes, name="classifier")(x)
+        dtype = jnp.result_type(float)  # float64 where JAX is set to it, as the other parameters
+        return nn.Dense(self.num_classes, param_dtype=dtype, name="classifier")(x)
 
 
 class ConvNormELU(nn.Module):
@@ -66,9 +75,12 @@ class ConvNormELU(nn.Module):
 
     features: int
     conv: str = "auto"
+    axis: str | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, train: bool = False, weights: jax.Array | None = None
+    ) -> jax.Array:
         shape = (3, 3, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.he_uniform(), shape)
         bias = self.param("bias", nn.initializers.zeros, self.features)
@@ -82,15 +94,39 @@ class ConvNormELU(nn.Module):
             y = convolve(x, kernel * gain, self.conv)
             return elu(y + ((bias - mean.value) * gain + offset))
 
-        y = convolve(x, kernel, self.conv) + bias
-        batch_mean = y.mean((0, 1, 2))
-        batch_var = jnp.square(y - batch_mean).mean((0, 1, 2))
+        # Without the bias: batch norm takes it out again. Its gradient is then 0 and not the
+        # rounding error of 0, of which Adam would make steps of full size.
+        y = convolve(x, kernel, self.conv)
+        batch_mean = self._mean(y, weights)
+        batch_var = self._mean(jnp.square(y - batch_mean), weights)
         if not self.is_initializing():
-            count = y.size // self.features
-            unbiased = batch_var * (count / max(count - 1, 1))
-            mean.value = 0.9 * mean.value + 0.1 * batch_mean
+            rows = len(y) if weights is None else jnp.sum(weights > 0)
+            count = parallel.total(rows, self.axis) * (y.size // (len(y) * self.features))
+            unbiased = batch_var * (count / jnp.maximum(count - 1, 1)).astype(y.dtype)
+            mean.value = 0.9 * mean.value + 0.1 * (batch_mean + bias)
             var.value = 0.9 * var.value + 0.1 * unbiased
         return elu((y - batch_mean) * (scale * lax.rsqrt(batch_var + 1e-5)) + offset)
+
+    def _mean(self, y, weights):
+        """Over all images of the batch, on all devices, and all places: [N, H, W, C] -> [C]."""
+        if weights is None:
+            return parallel.total(y.mean((0, 1, 2)), self.axis) / parallel.width(self.axis)
+        return parallel.total(jnp.tensordot(weights, y.mean((1, 2)), 1), self.axis)
+
+
+class Dropout(nn.Module):
+    """Dropout whose mask is the same however many devices the batch is spread over."""
+
+    rate: float
+    axis: str | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        if not train or not self.rate:
+            return x
+        whole = (len(x) * parallel.width(self.axis), *x.shape[1:])
+        keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.rate, whole)
+        return jnp.where(keep[parallel.numbers(len(x), self.axis)], x / (1 - self.rate), 0)
 
 
 def convolve(x: jax.Array, kernel: jax.Array, implementation: str = "auto") -> jax.Array:

@@ -9,9 +9,10 @@ from typing import Any, cast
 import jax
 import numpy as np
 
+from ibau_jax import parallel, processes
 from ibau_jax.attacks import Attack, make_attack, poison, trigger_from_files
 from ibau_jax.attacks.poison import ATTACKS, check_target
-from ibau_jax.batches import make_batches, resolve
+from ibau_jax.batches import images_a_batch, make_batches, resolve
 from ibau_jax.bounds import vgg_bound
 from ibau_jax.checkpoint import Model, convert_pth, load_model, model_hash, save_model
 from ibau_jax.config import IBAUConfig
@@ -22,7 +23,16 @@ from ibau_jax.files import make_folder
 from ibau_jax.ibau import make_ascent
 from ibau_jax.metrics import Metrics, defense_effectiveness, evaluator, predict
 from ibau_jax.models import Logits, build, evaluation_logits
-from ibau_jax.report import PARTIAL, ROWS, Pictures, versions, write_pictures, write_rows
+from ibau_jax.report import (
+    CLEANED,
+    HTML,
+    PARTIAL,
+    ROWS,
+    Pictures,
+    versions,
+    write_pictures,
+    write_rows,
+)
 from ibau_jax.report_html import write_report
 from ibau_jax.training import train
 
@@ -39,11 +49,18 @@ def train_model(
     seed: int = 0,
     data_dir: str | None = None,
     progress: bool = False,
+    num_devices: int | None = None,
 ) -> Json:
-    """Train a model, poisoned or (attack `none`) clean, and write it to `out`."""
+    """Train a model, poisoned or (attack `none`) clean, and write it to `out`.
+
+    Args:
+      num_devices: how many to compute on; None: all.
+    """
     info = data_info(dataset)
     check_name("attack", attack, ["none", *ATTACKS])
-    make_folder(Path(out).parent)
+    devices, first = parallel.devices(num_devices), processes.is_first()
+    if first:
+        make_folder(Path(out).parent)
     chosen = None if attack == "none" else make_attack(attack, info.num_classes, target)
     data, held_out = load(dataset, "train", data_dir), load(dataset, info.split, data_dir)
     if chosen is not None:
@@ -68,16 +85,19 @@ def train_model(
         epochs=epochs,
         key=jax.random.key(seed),
         evaluate=evaluate,
-        progress=progress,
+        progress=progress and first,
+        devices=devices,
     )
     trained = {
         "seed": seed,
         "epochs": epochs,
         "poison_ratio": None if chosen is None else poison_ratio,
+        "num_devices": len(devices.all),
         "versions": versions(),
     }
     model = Model(variables, "vgg", info.num_classes, dataset, chosen, trained)
-    save_model(out, model)
+    if first:
+        save_model(out, model)
     final = {k: history[-1].get(k) for k in Metrics._fields}
     seconds = time.perf_counter() - started
     return {"model": str(out), "attack": attack, "epochs": epochs, **final, "seconds": seconds}
@@ -176,10 +196,14 @@ def defend(
     progress: bool = False,
     experiment: str = "defend",
     on_note: Callable[[str], None] = lambda text: None,
+    num_devices: int | None = None,
 ) -> Json:
     """Clean a model, measure it before, after and after each round, and write all of it to `out`.
 
+    With many processes the first one writes, and each returns the same.
+
     Args:
+      num_devices: how many to compute on; None: all.
       on_note: called with a line for the user, where something is worth knowing.
 
     Returns:
@@ -194,12 +218,21 @@ def defend(
     clean, split = clean or info.clean, split or info.split
     check_disjoint(clean, split, info.sizes)
     clean_set, held_out = load(info.name, clean, data_dir), load(info.name, split, data_dir)
+    devices, first = parallel.devices(num_devices), processes.is_first()
     name = f"{Path(model).stem}-{defense}-{preset}-seed{seed}"
-    out = make_folder(out or Path("runs") / name)
-    if len(clean_set.labels) < (config.batch_size or 10):
+    out = Path(out or Path("runs") / name)
+    if first:
+        make_folder(out)
+    count, batch = len(clean_set.labels), images_a_batch(config, len(clean_set.labels))
+    if count < (config.batch_size or 10):
         on_note(
-            f"the clean set has {len(clean_set.labels)} images, fewer than a batch of "
+            f"the clean set has {count} images, fewer than a batch of "
             f"{config.batch_size or 10}: it is used as one batch"
+        )
+    if len(devices.all) > batch:
+        on_note(
+            f"{len(devices.all)} devices for batches of {batch} images: {len(devices.all) - batch} "
+            "of them have nothing to do"
         )
 
     params = loaded.variables["params"]
@@ -216,7 +249,7 @@ def defend(
         "n_clean": len(clean_set.labels),
         "poison_ratio": loaded.info.get("poison_ratio"),
         "device": jax.devices()[0].device_kind,
-        "num_devices": 1,
+        "num_devices": len(devices.all),
         "versions": versions(),
         "model_hash": model_hash(loaded),
         "config": _settings(config),
@@ -231,7 +264,8 @@ def defend(
     def on_round(record: Json) -> None:
         der = defense_effectiveness(measured[0], measured[-1]) if record["round"] else None
         rows.append({**described, **record, "der": der})
-        write_rows(out / PARTIAL, rows)
+        if first:
+            write_rows(out / PARTIAL, rows)
 
     result = run(
         logits,
@@ -241,21 +275,21 @@ def defend(
         key=jax.random.key(seed),
         evaluate=evaluate,
         on_round=on_round,
-        progress=progress,
+        progress=progress and first,
+        devices=devices,
     )
     for row in rows:
         row["compile_seconds"] = result.compile_seconds
 
-    used = {"defense": defense, "preset": preset, "seed": seed}
-    variables = {**loaded.variables, "params": jax.tree.map(np.asarray, result.params)}
-    cleaned = save_model(
-        out / "cleaned.safetensors",
-        replace(loaded, variables=variables, info={**loaded.info, "cleaned_by": used}),
-    )
-    write_pictures(out, _pictures(loaded, logits, params, result, held_out))
-    write_rows(out / ROWS, rows)
-    (out / PARTIAL).unlink(missing_ok=True)
-    report = write_report(out)
+    if first:
+        used = {"defense": defense, "preset": preset, "seed": seed}
+        variables = {**loaded.variables, "params": jax.tree.map(np.asarray, result.params)}
+        cleaned = replace(loaded, variables=variables, info={**loaded.info, "cleaned_by": used})
+        save_model(out / CLEANED, cleaned)
+        write_pictures(out, _pictures(loaded, logits, params, result, held_out))
+        write_rows(out / ROWS, rows)
+        (out / PARTIAL).unlink(missing_ok=True)
+        write_report(out)
     keys = ("round", "acc", "asr", "asr_excl", "ra", "delta_norm", "seconds")
     return {
         "before": measured[0]._asdict(),
@@ -264,8 +298,8 @@ def defend(
         "rounds": [{k: row.get(k) for k in keys} for row in rows[1:]],
         "seconds": result.seconds,
         "compile_seconds": result.compile_seconds,
-        "model": str(cleaned),
-        "report": str(report),
+        "model": str(out / CLEANED),
+        "report": str(out / HTML),
         "defense": defense,
         "preset": preset,
         "dataset": info.name,

@@ -15,6 +15,7 @@ from ibau_jax.errors import InputError
 from ibau_jax.files import atomic_path, write_text
 
 ROWS, ARRAYS, HTML = "rows.jsonl", "report.npz", "report.html"
+CLEANED = "cleaned.safetensors"
 PARTIAL = "rows.partial.jsonl"  # while a run goes on: earlier results stay until it ends
 Row = dict[str, Any]
 

@@ -12,7 +12,8 @@ class Defense(NamedTuple):
     """A defense and its named settings.
 
     Attributes:
-      run: `run(logits, params, clean, config=, key=, evaluate=, on_round=, progress=)`.
+      run: `run(logits, params, clean, config=, key=, evaluate=, on_round=, progress=,
+        devices=)`.
       presets: name -> function of the data set's name -> config; the first is the default.
     """
 

@@ -1,0 +1,185 @@
+"""The one place that knows of devices: which there are, and what lies on which.
+
+A program is written for one device and its share of the rows. `Devices.compile` maps it over
+all devices of all processes by `jax.pmap`; inside, `total` adds up over them. Everything but
+the rows is replicated: it is computed everywhere, from sums that are the same everywhere, so it
+stays the same without being sent.
+
+Row r of a batch lies on device r mod N, in place r div N. So every device has its part of any
+first few rows, and what a device has too few of at the end is filled up with rows of weight 0.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ibau_jax.errors import InputError
+
+AXIS = "devices"
+Tree = Any
+
+
+class Devices(NamedTuple):
+    """The devices of a run, in the order of their shares; `devices` finds them."""
+
+    all: tuple[Any, ...]
+
+    @property
+    def local(self) -> list[int]:
+        """Numbers of those that belong to this process."""
+        here = jax.process_index()
+        return [i for i, device in enumerate(self.all) if device.process_index == here]
+
+    def compile(
+        self,
+        function: Callable,
+        *args: Tree,
+        rows: tuple[int, ...],
+        donate: tuple[int, ...] = (),
+    ) -> Callable:
+        """`function(*args)` on all devices at once, compiled for arguments like `args`.
+
+        Args:
+          function: may use `total` and `numbers` with the axis `AXIS`; its result must be the
+            same on all devices.
+          args: the arguments in `rows` from `share`, the others from `replicate`.
+          donate: arguments whose memory the results may take.
+        """
+        mapped = jax.pmap(
+            function,
+            axis_name=AXIS,
+            in_axes=tuple(0 if i in rows else None for i in range(len(args))),
+            out_axes=None,
+            devices=self.all,
+            donate_argnums=donate,
+        )
+        return mapped.lower(*args).compile()  # pyright: ignore[reportFunctionMemberAccess]
+
+    def share(self, rows_of: Callable[[int], Tree]) -> Tree:
+        """Put on each device of this process its own rows: `rows_of(number)`, NumPy arrays."""
+        parts = [jax.tree.map(lambda a: np.asarray(a)[None], rows_of(i)) for i in self.local]
+        sharding = NamedSharding(self._mesh, PartitionSpec(AXIS))
+
+        def join(*arrays):
+            pieces = [
+                jax.device_put(a, self.all[i]) for a, i in zip(arrays, self.local, strict=True)
+            ]
+            shape = (len(self.all), *arrays[0].shape[1:])
+            return jax.make_array_from_single_device_arrays(shape, sharding, pieces)
+
+        return jax.tree.map(join, *parts)
+
+    def replicate(self, tree: Tree) -> Tree:
+        """Put the same arrays (or random keys) on every device."""
+        sharding = NamedSharding(self._mesh, PartitionSpec())
+
+        def put(leaf):
+            if _is_key(leaf):
+                kind = jax.random.key_impl(leaf)
+                return jax.random.wrap_key_data(put(jax.random.key_data(leaf)), impl=kind)
+            leaf = np.asarray(jnp.asarray(leaf))
+            return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+
+        return jax.tree.map(put, tree)
+
+    def each(self, stop: int, start: int = 0) -> Iterator[Tree]:
+        """`range(start, stop)` as replicated int32 scalars."""
+        return (self.replicate(np.int32(i)) for i in range(start, stop))
+
+    def one(self, tree: Tree) -> Tree:
+        """This process's own copy of replicated arrays."""
+        return jax.tree.map(lambda a: a.addressable_data(0), tree)
+
+    def check_equal(self, **trees: Tree) -> None:
+        """Raise where replicated arrays differ between devices, by one bit or more.
+
+        Compares a sum over the bits of each array, so little is sent.
+
+        Raises:
+          RuntimeError: names the array and the devices.
+        """
+        if len(self.all) == 1:
+            return
+        leaves = jax.tree_util.tree_leaves_with_path(jax.tree.map(_plain, trees))
+        gather = jax.pmap(_checksums, AXIS, in_axes=(0, None), out_axes=None, devices=self.all)
+        values = [leaf for _, leaf in leaves]
+        marker = self.share(lambda i: np.zeros(()))
+        sums = np.asarray(self.one(gather(marker, values)))
+        for (path, _), found in zip(leaves, sums.T, strict=True):
+            odd = np.flatnonzero(found != found[0])
+            if len(odd):
+                raise RuntimeError(
+                    f"{jax.tree_util.keystr(path)} on device {self.all[odd[0]]} is not the one of "
+                    f"device {self.all[0]}: the devices no longer compute the same; this is a bug "
+                    "of ibau_jax or a fault of a device"
+                )
+
+    @property
+    def _mesh(self) -> Mesh:
+        return Mesh(np.array(self.all), (AXIS,))
+
+
+def devices(count: int | None = None) -> Devices:
+    """The first `count` devices, or all, of all processes.
+
+    Raises:
+      InputError: there are fewer, or a process would have none.
+    """
+    processes = range(jax.process_count())
+    found = [d for i in processes for d in jax.devices() if d.process_index == i]
+    count = len(found) if count is None else count
+    if not 1 <= count <= len(found):
+        raise InputError(
+            f"{count} devices were asked for: expected 1 to {len(found)}, what {len(found)} "
+            f"{found[0].platform} device(s) in {len(processes)} process(es) allow"
+        )
+    if count < len(found) and len(processes) > 1:
+        raise InputError(
+            f"{count} of {len(found)} devices were asked for in {len(processes)} processes: every "
+            "process takes part with all of its devices; leave --devices out"
+        )
+    return Devices(tuple(found[:count]))
+
+
+def total(tree: Tree, axis: str | None) -> Tree:
+    """The sum over the devices in one message (nothing to do without an axis)."""
+    return tree if axis is None else lax.psum(tree, axis)
+
+
+def numbers(count: int, axis: str | None) -> jax.Array:
+    """Numbers in the whole batch of the first `count` rows on this device: int32 [count]."""
+    if axis is None:
+        return jnp.arange(count)
+    return jnp.arange(count) * lax.axis_size(axis) + lax.axis_index(axis)
+
+
+def width(axis: str | None) -> int:
+    """How many devices there are."""
+    return 1 if axis is None else lax.axis_size(axis)
+
+
+def _checksums(_, arrays):
+    return lax.all_gather(jnp.stack([_bits(array) for array in arrays]), AXIS)
+
+
+def _plain(leaf):
+    """Random keys as their numbers."""
+    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
+
+
+def _is_key(leaf) -> bool:
+    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _bits(array: jax.Array) -> jax.Array:
+    """A number that changes with any bit of an array, and with the order: uint32."""
+    if array.dtype == bool:
+        array = array.astype(jnp.uint8)
+    unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(array.dtype.itemsize, jnp.uint32)
+    words = lax.bitcast_convert_type(array, unsigned).ravel().astype(jnp.uint32)
+    return jnp.sum(words * (2 * jnp.arange(words.size, dtype=jnp.uint32) + 1))

@@ -1,0 +1,129 @@
+"""Run by test_parallel.py with eight forced CPU devices; prints one JSON object."""
+
+import json
+import sys
+from dataclasses import replace
+
+import jax
+
+jax.config.update("jax_enable_x64", True)
+
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+import optax  # noqa: E402
+from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
+
+from ibau_jax import unlearn  # noqa: E402
+from ibau_jax.batches import make_batches, resolve  # noqa: E402
+from ibau_jax.config import PRESETS  # noqa: E402
+from ibau_jax.data import Dataset  # noqa: E402
+from ibau_jax.ibau import make_ascent, make_descent  # noqa: E402
+from ibau_jax.models import VGG, evaluation_logits  # noqa: E402
+from ibau_jax.parallel import AXIS, devices  # noqa: E402
+from ibau_jax.training import train  # noqa: E402
+
+KEY = jax.random.key(0)
+MODULE = VGG(5, conv="patches", widths=(4,), dropout=(0.3,))
+RNG = np.random.default_rng(0)
+IMAGES, LABELS = RNG.uniform(size=(103, 16, 16, 3)), RNG.integers(0, 5, 103)
+VARIABLES = jax.jit(MODULE.init)(KEY, jnp.zeros((1, 16, 16, 3)))
+ROUNDS = (
+    ("default", 103, "float64", (8, 5)),
+    ("published", 103, "float64", (8, 5)),
+    ("default", 103, "float32", (8,)),
+    ("default", 3, "float64", (8,)),
+)
+
+
+def cast(tree, dtype):
+    return jax.tree.map(lambda a: np.asarray(a, dtype), tree)
+
+
+def distance(one, two) -> float:
+    """The largest difference, relative to the largest parameter of its array."""
+    gaps = jax.tree.map(lambda a, b: np.abs(a - b).max() / (np.abs(a).max() + 1e-3), one, two)
+    return float(max(jax.tree.leaves(gaps)))
+
+
+def round_(preset: str, count: int | None, images: int, dtype) -> tuple:
+    variables = cast(VARIABLES, dtype)
+    config = PRESETS[preset]("cifar10")
+    # The collectives of eight devices on two cores are slow, and five steps show as much.
+    config = replace(config, rounds=1, inner_steps=min(config.inner_steps or 5, 5))
+    clean = Dataset(IMAGES[:images].astype(dtype), LABELS[:images])
+    logits = evaluation_logits(MODULE, variables)
+    on = devices(count)
+    found = unlearn(logits, variables["params"], clean, config=config, key=KEY, devices=on)
+    return cast(found.params, dtype), variables["params"]
+
+
+def epoch(count: int | None):
+    data = Dataset(IMAGES, LABELS)
+    found, _ = train(MODULE, data, epochs=1, key=KEY, devices=devices(count))
+    return found
+
+
+def collectives(preset: str) -> dict[str, dict[str, int]]:
+    """All-reduces written in the programs of an ascent and of an outer step, and their bytes."""
+    on = devices()
+    clean = Dataset(IMAGES.astype(np.float32), LABELS.astype(np.int32))
+    variables = cast(VARIABLES, np.float32)
+    logits, params = evaluation_logits(MODULE, variables), variables["params"]
+    config = resolve(PRESETS[preset]("cifar10"), logits, params, clean.images, len(on.all))
+    batches, _ = make_batches(clean, config, on)
+    optimizer = optax.adam(1e-3)
+    state = on.replicate((params, optimizer.init(params), KEY))
+    zero, first = on.replicate((np.zeros((16, 16, 3), np.float32), np.int32(0)))
+    programs = {
+        "ascent": on.compile(
+            make_ascent(logits, config, AXIS), state[0], batches, first, rows=(1,)
+        ),
+        "step": on.compile(
+            make_descent(logits, config, optimizer, AXIS), state, zero, batches, first, rows=(2,)
+        ),
+    }
+    return {name: text(program) for name, program in programs.items()}
+
+
+def text(program) -> dict[str, int]:
+    lines = program.as_text().splitlines()
+    found = [line for line in lines if " all-reduce(" in line or " all-reduce-start(" in line]
+    others = [line for line in lines if " all-gather(" in line or " collective-permute(" in line]
+    return {"all_reduces": len(found), "others": len(others)}
+
+
+def broken() -> str:
+    """What `check_equal` says when one device has another bit."""
+    on = devices()
+    same, odd = np.ones(3, np.float32), np.array([1, 1, np.nextafter(1, 2, dtype=np.float32)])
+    pieces = [
+        jax.device_put(odd.astype(np.float32) if i == 3 else same, d) for i, d in enumerate(on.all)
+    ]
+    sharding = NamedSharding(on._mesh, PartitionSpec())
+    array = jax.make_array_from_single_device_arrays((3,), sharding, pieces)
+    on.check_equal(params=on.replicate(same))
+    try:
+        on.check_equal(params={"w": array})
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def main() -> dict:
+    found: dict = {"broken": broken(), "collectives": {}}
+    for preset in ("default", "published"):
+        found["collectives"][preset] = collectives(preset)
+    for preset, images, dtype, counts in ROUNDS:
+        one, start = round_(preset, 1, images, dtype)
+        for count in counts:
+            many, _ = round_(preset, count, images, dtype)
+            found[f"{preset} {images} {dtype} {count}"] = distance(one, many)
+        found[f"{preset} {images} {dtype} moved"] = distance(start, one)
+    one = epoch(1)
+    for count in (8, 5):
+        found[f"train {count}"] = distance(one, epoch(count))
+    return found
+
+
+if __name__ == "__main__":
+    json.dump(main(), sys.stdout)
