@@ -166,6 +166,8 @@ def test_convert_carries_the_trigger(capsys, tmp_path):
         (["--clean", "test[:0]"], "is empty"),
         (["--clean", "test[:500]"], "share 100 images"),
         (["--rounds", "0"], "rounds is 0: expected"),
+        (["--devices", "999"], "999 devices were asked for: expected 1 to"),
+        (["--process-id", "1"], "without --coordinator"),
         (["--model", "missing.safetensors"], "no such file"),
     ],
 )
