@@ -31,7 +31,7 @@ from ibau_jax.errors import InputError
 from ibau_jax.hypergradient import Report, hypergradient, hypergradient_jaxopt
 from ibau_jax.microbatch import summed
 from ibau_jax.models import Logits, Params
-from ibau_jax.parallel import AXIS, Devices
+from ibau_jax.parallel import Devices
 from ibau_jax.progress import progress_bar
 from ibau_jax.solvers import all_finite
 
@@ -115,10 +115,10 @@ def unlearn(
     started = time.perf_counter()
     state = devices.replicate((params, jax.jit(optimizer.init)(params), key))
     zero, first = devices.replicate((zero, jnp.int32(0)))
-    ascend = devices.compile(make_ascent(logits, config, AXIS), state[0], batches, first, rows=(1,))
-    descend = devices.compile(
-        make_descent(logits, config, optimizer, AXIS), state, zero, batches, first, rows=(2,)
-    )
+    ascent = make_ascent(logits, config, devices.axis)
+    descent = make_descent(logits, config, optimizer, devices.axis)
+    ascend = devices.compile(ascent, state[0], batches, first, rows=(1,))
+    descend = devices.compile(descent, state, zero, batches, first, rows=(2,))
     compile_seconds = time.perf_counter() - started
 
     history: list[dict[str, Any]] = []

@@ -30,6 +30,11 @@ class Devices(NamedTuple):
     all: tuple[Any, ...]
 
     @property
+    def axis(self) -> str | None:
+        """The axis to sum over; None on one device, where there is nothing to add."""
+        return AXIS if len(self.all) > 1 else None
+
+    @property
     def local(self) -> list[int]:
         """Numbers of those that belong to this process."""
         here = jax.process_index()
@@ -45,8 +50,8 @@ class Devices(NamedTuple):
         """`function(*args)` on all devices at once, compiled for arguments like `args`.
 
         Args:
-          function: may use `total` and `numbers` with the axis `AXIS`; its result must be the
-            same on all devices.
+          function: may use `total` and `numbers` with the axis `self.axis`; its result must be
+            the same on all devices.
           args: the arguments in `rows` from `share`, the others from `replicate`.
           donate: arguments whose memory the results may take.
         """

@@ -14,7 +14,7 @@ import optax
 from ibau_jax import parallel, processes
 from ibau_jax.data import Dataset
 from ibau_jax.errors import InputError
-from ibau_jax.parallel import AXIS, Devices
+from ibau_jax.parallel import Devices
 from ibau_jax.progress import progress_bar
 
 
@@ -87,7 +87,7 @@ def train(
             losses = []
             for i in devices.each(per_epoch):
                 if step is None:
-                    program = make_step(module.clone(axis=AXIS), optimizer)
+                    program = make_step(module.clone(axis=devices.axis), optimizer, devices.axis)
                     arguments = (state, images, labels, shares, i)
                     step = devices.compile(program, *arguments, rows=(3,), donate=(0,))
                 with processes.watch():
@@ -137,10 +137,10 @@ def _share(rows: np.ndarray, num_devices: int, device: int) -> Rows:
     return Rows(index, weights)
 
 
-def make_step(module: nn.Module, optimizer: optax.GradientTransformation):
+def make_step(module: nn.Module, optimizer: optax.GradientTransformation, axis: str | None = None):
     """`step(state, images, labels, rows, i) -> (state, loss)`: batch number i of `Rows`.
 
-    To be mapped over the devices (`Devices.compile`); `module` knows the axis.
+    To be mapped over the devices (`Devices.compile`); `module` has the same axis.
     """
 
     def step(state: TrainState, images, labels, rows: Rows, i):
@@ -161,12 +161,12 @@ def make_step(module: nn.Module, optimizer: optax.GradientTransformation):
             # This device's part of the batch's mean. Batch statistics tie the devices together;
             # JAX's derivative of their sum adds up what each part owes to it.
             if weights is None:
-                return losses.mean() / parallel.width(AXIS), updated
+                return losses.mean() / parallel.width(axis), updated
             return jnp.sum(weights * losses), updated
 
         params = state.variables["params"]
         (loss, updated), gradient = jax.value_and_grad(loss_of, has_aux=True)(params)
-        loss, gradient = parallel.total((loss, gradient), AXIS)
+        loss, gradient = parallel.total((loss, gradient), axis)
         updates, opt_state = optimizer.update(gradient, state.opt_state, params)
         variables = {"params": optax.apply_updates(params, updates), **updated}
         return TrainState(variables, opt_state, key), loss

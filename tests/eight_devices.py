@@ -19,7 +19,7 @@ from ibau_jax.config import PRESETS  # noqa: E402
 from ibau_jax.data import Dataset  # noqa: E402
 from ibau_jax.ibau import make_ascent, make_descent  # noqa: E402
 from ibau_jax.models import VGG, evaluation_logits  # noqa: E402
-from ibau_jax.parallel import AXIS, devices  # noqa: E402
+from ibau_jax.parallel import devices  # noqa: E402
 from ibau_jax.training import train  # noqa: E402
 
 KEY = jax.random.key(0)
@@ -76,10 +76,10 @@ def collectives(preset: str) -> dict[str, dict[str, int]]:
     zero, first = on.replicate((np.zeros((16, 16, 3), np.float32), np.int32(0)))
     programs = {
         "ascent": on.compile(
-            make_ascent(logits, config, AXIS), state[0], batches, first, rows=(1,)
+            make_ascent(logits, config, on.axis), state[0], batches, first, rows=(1,)
         ),
         "step": on.compile(
-            make_descent(logits, config, optimizer, AXIS), state, zero, batches, first, rows=(2,)
+            make_descent(logits, config, optimizer, on.axis), state, zero, batches, first, rows=(2,)
         ),
     }
     return {name: text(program) for name, program in programs.items()}

@@ -47,7 +47,7 @@ def messages(batch_size: int) -> tuple[list[int], list[int], int]:
     from ibau_jax.batches import make_batches, resolve
     from ibau_jax.ibau import make_ascent, make_descent
     from ibau_jax.models import build, evaluation_logits
-    from ibau_jax.parallel import AXIS, devices
+    from ibau_jax.parallel import devices
 
     on, rng = devices(), np.random.default_rng(0)
     images = rng.uniform(size=(batch_size, 32, 32, 3)).astype(np.float32)
@@ -60,9 +60,9 @@ def messages(batch_size: int) -> tuple[list[int], list[int], int]:
     optimizer = config.outer_transform(1)
     state = on.replicate((params, optimizer.init(params), jax.random.key(0)))
     zero, first = on.replicate((np.zeros((32, 32, 3), np.float32), np.int32(0)))
-    ascend = on.compile(make_ascent(logits, config, AXIS), state[0], batches, first, rows=(1,))
+    ascend = on.compile(make_ascent(logits, config, on.axis), state[0], batches, first, rows=(1,))
     descend = on.compile(
-        make_descent(logits, config, optimizer, AXIS), state, zero, batches, first, rows=(2,)
+        make_descent(logits, config, optimizer, on.axis), state, zero, batches, first, rows=(2,)
     )
     delta, _ = ascend(state[0], batches, first)
     _, step = descend(state, delta, batches, first)
