@@ -111,8 +111,8 @@ def table() -> None:
                 values = []
                 for field in ("acc", "asr", "asr_excl", "residual", "failed_solves", "seconds"):
                     found = [r[field] for r in rows if r[field] is not None]
-                    digits = 0 if field in ("failed_solves", "seconds") else 3
-                    values.append(f"{np.mean(found):.{digits}f}" if found else "")
+                    form = {"residual": ".3g", "failed_solves": ".0f", "seconds": ".0f"}
+                    values.append(format(np.mean(found), form.get(field, ".3f")) if found else "")
                 print(f"| {rounds} | {name} | {method} | {len(rows)} |", " | ".join(values), "|")
 
 
