@@ -57,7 +57,7 @@ def make_batches(
     rows = _multiple(-(-real // shares), config.rows_multiple)
 
     def rows_of(device: int) -> Batch:
-        row = device + shares * np.arange(rows)
+        row = np.arange(rows) if on is None else on.numbers(device, rows)
         index = starts[:, None] + np.minimum(row, sizes[:, None] - 1)
         weights = (row < sizes[:, None]) / sizes[:, None]
         return Batch(

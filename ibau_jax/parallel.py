@@ -40,6 +40,10 @@ class Devices(NamedTuple):
         here = jax.process_index()
         return [i for i, device in enumerate(self.all) if device.process_index == here]
 
+    def numbers(self, device: int, count: int) -> np.ndarray:
+        """Numbers in the whole batch of the first `count` rows on a device: int [count]."""
+        return device + len(self.all) * np.arange(count)
+
     def compile(
         self,
         function: Callable,
@@ -157,7 +161,7 @@ def total(tree: Tree, axis: str | None) -> Tree:
 
 
 def numbers(count: int, axis: str | None) -> jax.Array:
-    """Numbers in the whole batch of the first `count` rows on this device: int32 [count]."""
+    """`Devices.numbers` of the device that runs the program: int32 [count]."""
     if axis is None:
         return jnp.arange(count)
     return jnp.arange(count) * lax.axis_size(axis) + lax.axis_index(axis)

@@ -83,7 +83,7 @@ def train(
             started = time.perf_counter()
             order = jax.random.permutation(jax.random.fold_in(order_key, epoch), count)
             rows = np.asarray(order[: per_epoch * batch_size]).reshape(per_epoch, batch_size)
-            shares = devices.share(partial(_share, rows, len(devices.all)))
+            shares = devices.share(partial(_share, rows, devices))
             losses = []
             for i in devices.each(per_epoch):
                 if step is None:
@@ -125,11 +125,12 @@ class Rows(NamedTuple):
     weights: Any
 
 
-def _share(rows: np.ndarray, num_devices: int, device: int) -> Rows:
+def _share(rows: np.ndarray, devices: Devices, device: int) -> Rows:
     """Its part of the batches `rows` int [batches, B], as `parallel` spreads them."""
     batches, size = rows.shape
+    num_devices = len(devices.all)
     count = -(-size // num_devices)
-    numbers = device + num_devices * np.arange(count)
+    numbers = devices.numbers(device, count)
     index = rows[:, np.minimum(numbers, size - 1)]
     if size % num_devices == 0:
         return Rows(index, None)
