@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ibau_jax.convolution import convolve
 from ibau_jax.data import Dataset
 from ibau_jax.errors import InputError
-from ibau_jax.models import convolve
 from ibau_jax.solvers import arnoldi
 
 

@@ -2,10 +2,7 @@
 
 Two facts decide the form of the code on a CPU (design notes in README, "Speed"):
 
-1. XLA runs the derivatives of `lax.conv` inside a loop (`fori_loop`, `scan`) as naive loops,
-   many times slower than outside. A convolution written as a few matrix products (Winograd's,
-   a third fewer) has only matrix products in its derivatives, of any order, and costs the same
-   in a loop.
+1. XLA's convolutions are slow there, and worse in loops: see `convolution.py`.
 2. In evaluation mode batch norm is an affine map, which is folded into the convolution: the
    gradients of its scale and offset then cost a few sums over the kernel instead of sums over
    every activation.
@@ -20,11 +17,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from ibau_jax import parallel
+from ibau_jax.convolution import convolve, convolve_in_parts
 from ibau_jax.errors import check_name
 
 Params = Any
 Logits = Callable[[Params, jax.Array], jax.Array]
-CONVOLUTIONS = ("auto", "patches", "lax")
 
 
 class VGG(nn.Module):
@@ -96,7 +93,7 @@ class ConvNormELU(nn.Module):
 
         # Without the bias: batch norm takes it out again. Its gradient is then 0 and not the
         # rounding error of 0, of which Adam would make steps of full size.
-        y = convolve(x, kernel, self.conv)
+        y = convolve_in_parts(x, kernel, self.conv)
         batch_mean = self._mean(y, weights)
         batch_var = self._mean(jnp.square(y - batch_mean), weights)
         if not self.is_initializing():
@@ -127,43 +124,6 @@ class Dropout(nn.Module):
         whole = (len(x) * parallel.width(self.axis), *x.shape[1:])
         keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.rate, whole)
         return jnp.where(keep[parallel.numbers(len(x), self.axis)], x / (1 - self.rate), 0)
-
-
-def convolve(x: jax.Array, kernel: jax.Array, implementation: str = "auto") -> jax.Array:
-    """3x3 convolution, stride 1, zero padding 1: [N, H, W, C] and [3, 3, C, D] -> [N, H, W, D]."""
-    check_name("convolution", implementation, CONVOLUTIONS)
-    if implementation == "auto":
-        implementation = "patches" if jax.default_backend() == "cpu" else "lax"
-    if implementation == "lax":
-        return lax.conv_general_dilated(
-            x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
-    height, width, channels = x.shape[1:]
-    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    # Three horizontal neighbours side by side: a third of the memory of all nine.
-    rows = jnp.concatenate([padded[:, :, j : j + width] for j in range(3)], axis=-1)
-    flat = kernel.reshape(3, 3 * channels, -1)
-    if height % 2 or channels < 16:  # the rows of the kernel: products with shifted views
-        return sum(rows[:, i : i + height] @ flat[i] for i in range(3))  # pyright: ignore
-    return _winograd(rows, flat)
-
-
-def _winograd(rows: jax.Array, flat: jax.Array) -> jax.Array:
-    """[N, H, W, K] correlated along H with [3, K, D] -> [N, H - 2, W, D], H even.
-
-    Winograd's F(2, 3): two neighbouring sums of three products from four products instead of
-    six, in every derivative as well (Lavin and Gray, "Fast algorithms for convolutional neural
-    networks", 2016, section 4.1). Sums and differences of neighbours cost some rounding.
-    """
-    n, height, width, k = rows.shape
-    pairs = rows.reshape(n, height // 2, 2, width, k)
-    even, odd = pairs[:, :, 0], pairs[:, :, 1]
-    r0, r1, r2, r3 = even[:, :-1], odd[:, :-1], even[:, 1:], odd[:, 1:]
-    views = jnp.stack([r0 - r2, r1 + r2, r2 - r1, r1 - r3]).reshape(4, -1, k)
-    middle = (flat[0] + flat[2]) / 2
-    taps = jnp.stack([flat[0], middle + flat[1] / 2, middle - flat[1] / 2, flat[2]])
-    m = (views @ taps).reshape(4, n, height // 2 - 1, width, -1)
-    return jnp.stack([m[0] + m[1] + m[2], m[1] - m[2] - m[3]], 2).reshape(n, height - 2, width, -1)
 
 
 def max_pool(x: jax.Array) -> jax.Array:

@@ -66,8 +66,7 @@ def train_model(
     if chosen is not None:
         data, _ = poison(data, chosen, poison_ratio, seed)
     epochs = (8 if dataset == "digits" else 50) if epochs is None else epochs
-    # Outside of loops, where training runs, `lax.conv` is the faster form on a CPU as well.
-    module = build("vgg", info.num_classes, conv="lax")
+    module = build("vgg", info.num_classes)
 
     started = time.perf_counter()
     measure: Callable[[Any], Metrics] | None = None

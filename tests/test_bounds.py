@@ -18,8 +18,9 @@ from ibau_jax.bounds import (
     vgg_bound,
     vgg_layers,
 )
+from ibau_jax.convolution import convolve
 from ibau_jax.hypergradient import Dense, Neumann, hypergradient
-from ibau_jax.models import VGG, convolve, evaluation_logits
+from ibau_jax.models import VGG, evaluation_logits
 
 
 @pytest.mark.parametrize("t", [1, 2, 5, 10, 20, 40])

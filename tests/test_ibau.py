@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from ibau_jax import Dataset, IBAUConfig, InputError, unlearn
 from ibau_jax.batches import Batch, make_batches, resolve
 from ibau_jax.config import PRESETS
+from ibau_jax.convolution import convolve
 from ibau_jax.hypergradient import Direct, Neumann
 from ibau_jax.ibau import clip_images, make_ascent, make_descent, make_loss, patch
-from ibau_jax.models import convolve
 
 KEY = jax.random.key(0)
 SMALL = replace(IBAUConfig(), rounds=2, batch_size=8, inner_steps=4, hessian_images=4)

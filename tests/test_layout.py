@@ -6,7 +6,7 @@ from pathlib import Path
 import ibau_jax
 
 PACKAGE = Path(ibau_jax.__file__).parent
-ORDER = """errors parallel processes files progress data attacks models training metrics
+ORDER = """errors parallel processes files progress data attacks convolution models training metrics
 microbatch solvers hypergradient config batches ibau bounds defenses checkpoint report
 report_html pipeline cli""".split()
 

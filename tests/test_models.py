@@ -8,8 +8,9 @@ import pytest
 from conftest import random_variables
 from jax.test_util import check_grads
 
+from ibau_jax.convolution import convolve, convolve_in_parts
 from ibau_jax.errors import InputError
-from ibau_jax.models import VGG, ConvNormELU, build, convolve, elu, evaluation_logits, max_pool
+from ibau_jax.models import VGG, ConvNormELU, build, elu, evaluation_logits, max_pool
 
 KEY = jax.random.key(0)
 
@@ -45,6 +46,18 @@ def test_convolutions_agree_with_their_derivatives(height, channels, x64):
         derivatives(one),
         derivatives(two),
     )
+
+
+@pytest.mark.parametrize("images", [1, 3, 9])
+def test_a_convolution_in_parts_is_the_same(images, x64):
+    rng = np.random.default_rng(0)
+    x, kernel = rng.normal(size=(images, 64, 64, 16)), rng.normal(size=(3, 3, 16, 5))
+    slope = rng.normal(size=(images, 64, 64, 5))  # two images in a part
+    whole, back = jax.vjp(lambda x, k: convolve(x, k, "lax"), x, kernel)
+    parts, back_parts = jax.vjp(lambda x, k: convolve_in_parts(x, k, "patches"), x, kernel)
+    np.testing.assert_allclose(parts, whole, atol=1e-11)
+    for found, expected in zip(back_parts(slope), back(slope), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-9)
 
 
 def test_both_forms_share_parameters_and_logits():
