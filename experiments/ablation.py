@@ -75,6 +75,7 @@ def run(grid: Run) -> None:
             continue
         row = one(grid.reference, *cell)
         write_rows(RESULTS, [*done, row])
+        jax.clear_caches()  # programs of some thirty runs use up the mappings of a process
         print(*cell, *(round(row[k], 4) for k in ("acc", "asr", "asr_excl")), flush=True)
 
 
@@ -82,7 +83,7 @@ def one(reference: Path, rounds: int, seed: int, name: str, method: str) -> dict
     with tempfile.TemporaryDirectory() as folder:
         model = load_model(import_model(reference, name, Path(folder)))
     logits = evaluation_logits(build(model.architecture, model.num_classes), model.variables)
-    measure = evaluator(logits, load("cifar10", "test[5000:]"), model.attack)
+    measure = evaluator(logits, load("cifar10", "test[5000:]"), model.attacks)
     config = replace(IBAUConfig(), rounds=rounds, keep_diverged=True, **METHODS[method])
     clean, key = load("cifar10", "test[:5000]"), jax.random.key(seed)
     started = time.perf_counter()

@@ -20,6 +20,7 @@ import numpy as np
 import tyro
 
 from ibau_jax import pipeline
+from ibau_jax.poisoned import make_attacks, read_trigger
 from ibau_jax.report import read_rows, write_rows
 
 RESULTS = Path(__file__).parent / "results" / "published_models.jsonl"
@@ -76,11 +77,10 @@ def import_model(reference: Path, name: str, folder: Path) -> Path:
     """Convert a published checkpoint, with its trigger, to a model file in `folder`."""
     file, dataset, trigger, target = MODELS[name]
     picture = reference / "triggers" / f"{trigger}.png" if trigger else None
-    attack = pipeline.make_or_read_attack(
-        dataset, trigger or "badnets", target, trigger=picture, rule="add"
-    )
+    own = read_trigger(picture) if picture else None
+    attacks = make_attacks(dataset, trigger or "badnets", target=target, trigger=own)
     model = folder / f"{file}.safetensors"
-    pipeline.convert(reference / "checkpoints" / f"{file}_ckpt.pth", model, dataset, attack)
+    pipeline.convert(reference / "checkpoints" / f"{file}_ckpt.pth", model, dataset, attacks)
     return model
 
 

@@ -15,13 +15,12 @@ import safetensors
 import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from ibau_jax.attacks import Attack, Trigger
-from ibau_jax.attacks.poison import check_target
+from ibau_jax.attacks import Attack, Trigger, check_target
 from ibau_jax.errors import InputError
 from ibau_jax.files import atomic_path
 from ibau_jax.models import build
 
-FORMAT = "ibau_jax model 1"
+FORMAT = "ibau_jax model 2"
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Model:
       architecture: a name of `ibau_jax.models.ARCHITECTURES`.
       num_classes: size of the output.
       dataset: the data set it was trained on.
-      attack: the attack on it, where it is known.
+      attacks: those on it, as far as they are known.
       info: anything else, JSON values (seed, epochs, versions, where it came from).
     """
 
@@ -41,14 +40,28 @@ class Model:
     architecture: str
     num_classes: int
     dataset: str
-    attack: Attack | None = None
+    attacks: tuple[Attack, ...] = ()
     info: dict[str, Any] = field(default_factory=dict)
 
 
-def save_model(path: str | Path, model: Model) -> Path:
-    """Write a model to `path` (safetensors), whole or not at all."""
+def save_model(path: str | Path, model: Model, dtype: Any = np.float32) -> Path:
+    """Write a model to `path` (safetensors), whole or not at all.
+
+    Args:
+      dtype: of the stored weights; float16 halves the file and rounds them.
+
+    Raises:
+      InputError: a trigger is a function of the user's, or the folder cannot be written to.
+    """
+    triggers = [attack.trigger for attack in model.attacks]
+    for trigger in triggers:
+        if not isinstance(trigger, Trigger):
+            raise InputError(
+                f"the trigger {trigger!r} is a function: a model file holds a `Trigger`; leave "
+                "the attack out of the model, or make a `Trigger` of it"
+            )
     tensors = {
-        name: np.ascontiguousarray(value, dtype=np.float32)
+        name: np.ascontiguousarray(value, dtype)
         for name, value in flatten_dict(model.variables, sep="/").items()
     }
     header = {
@@ -56,18 +69,17 @@ def save_model(path: str | Path, model: Model) -> Path:
         "num_classes": model.num_classes,
         "dataset": model.dataset,
         "info": model.info,
-        "attack": None,
+        "attacks": [
+            {"name": attack.name, "target": attack.target, "rule": trigger.rule}
+            for attack, trigger in zip(model.attacks, triggers, strict=True)
+        ],
     }
-    if model.attack is not None:
-        trigger = model.attack.trigger
-        header["attack"] = {
-            "name": model.attack.name,
-            "target": model.attack.target,
-            "rule": trigger.rule,
+    for i, trigger in enumerate(triggers):
+        tensors |= {
+            f"trigger/{i}/{name}": np.ascontiguousarray(array, np.float32)
+            for name, array in (("pattern", trigger.pattern), ("mask", trigger.mask))
+            if array is not None
         }
-        tensors["trigger/pattern"] = np.ascontiguousarray(trigger.pattern, np.float32)
-        if trigger.mask is not None:
-            tensors["trigger/mask"] = np.ascontiguousarray(trigger.mask, np.float32)
     metadata = {"format": FORMAT, "model": json.dumps(header)}
     with atomic_path(path) as temporary:
         safetensors.numpy.save_file(tensors, temporary, metadata)
@@ -99,12 +111,19 @@ def load_model(path: str | Path) -> Model:
     try:
         header = json.loads(metadata["model"])
         fields = {k: header[k] for k in ("architecture", "num_classes", "dataset", "info")}
-        attack = header["attack"]
-        if attack is not None:
-            trigger = Trigger(
-                attack["rule"], tensors["trigger/pattern"], tensors.get("trigger/mask")
+        attacks = tuple(
+            Attack(
+                attack["name"],
+                Trigger(
+                    attack["rule"],
+                    tensors[f"trigger/{i}/pattern"],
+                    tensors.get(f"trigger/{i}/mask"),
+                ),
+                attack["target"],
+                fields["num_classes"],
             )
-            attack = Attack(attack["name"], trigger, attack["target"])
+            for i, attack in enumerate(header["attacks"])
+        )
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise InputError(
             f"the metadata of {str(path)!r} is damaged ({error!r}); make the file again"
@@ -115,9 +134,10 @@ def load_model(path: str | Path) -> Model:
         if not name.startswith("trigger/")
     }
     check_weights(weights, fields["architecture"], fields["num_classes"], str(path))
-    if attack is not None:
-        check_target(attack.target, fields["num_classes"])
-    return Model(variables=unflatten_dict(weights, sep="/"), attack=attack, **fields)
+    for attack in attacks:
+        if attack.target is not None:
+            check_target(attack.target, fields["num_classes"])
+    return Model(variables=unflatten_dict(weights, sep="/"), attacks=attacks, **fields)
 
 
 def convert_pth(path: str | Path) -> tuple[dict[str, Any], int, dict[str, Any]]:

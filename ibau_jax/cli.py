@@ -14,13 +14,16 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from rich.console import Console
 from tyro.conf import Positional, arg
 
 from ibau_jax.errors import InputError, LostProcess
+
+if TYPE_CHECKING:
+    from ibau_jax.attacks import Attack
 
 app = tyro.extras.SubcommandApp()
 
@@ -74,10 +77,28 @@ def demo(out: Path = Path("ibau-demo"), seed: Seed = 0, json: AsJson = False) ->
 def train(
     out: Annotated[Path, arg(help="model file to write (.safetensors)")],
     dataset: Annotated[str, arg(help="digits, cifar10 or gtsrb")] = "digits",
-    attack: Annotated[str, arg(help="badnets, or none for a clean model")] = "badnets",
+    attack: Annotated[
+        str | None,
+        arg(
+            help="badnets, blend, l0, l2, smooth, trojan-square or trojan-watermark; none for a "
+            "clean model; any name with --trigger; default: badnets"
+        ),
+    ] = None,
+    scenario: Annotated[
+        str, arg(help="one-target, all-to-all (y becomes y + 1) or seven-target (all attacks)")
+    ] = "one-target",
     target: Target = None,
     poison_ratio: Annotated[float, arg(help="share of the training set that is poisoned")] = 0.2,
-    epochs: Annotated[int | None, arg(help="default: 8 for digits, else 50")] = None,
+    clean_model: Annotated[
+        Path | None,
+        arg(help="clean model, for triggers that are optimised (l0, l2, smooth, trojan-...)"),
+    ] = None,
+    trigger: TriggerFile = None,
+    trigger_rule: TriggerRule = "add",
+    trigger_mask: TriggerMask = None,
+    preset: Annotated[str, arg(help="cpu (few epochs) or paper (section A.3)")] = "cpu",
+    epochs: Annotated[int | None, arg(help="default: the preset's")] = None,
+    resume: Annotated[bool, arg(help="go on with a training that was stopped")] = False,
     seed: Seed = 0,
     devices: NumDevices = None,
     coordinator: Coordinator = None,
@@ -87,18 +108,26 @@ def train(
     json: AsJson = False,
 ) -> None:
     """Train a model, poisoned or clean, and write it to one file."""
-    from ibau_jax import pipeline
+    from ibau_jax import poisoned
 
     _join(coordinator, num_processes, process_id)
-    found = pipeline.train_model(
+    own = None
+    if trigger is not None:
+        own = poisoned.read_trigger(trigger, trigger_rule, trigger_mask)
+        attack = attack or trigger.stem
+    attacks = poisoned.make_attacks(
+        dataset, attack, scenario, target, own, clean_model, seed, data_dir, on_note=_note
+    )
+    found = poisoned.train_model(
         out,
         dataset,
-        attack,
-        target,
+        attacks,
         poison_ratio,
+        preset,
         epochs,
         seed,
         data_dir,
+        resume,
         progress=True,
         num_devices=devices,
     )
@@ -124,15 +153,13 @@ def evaluate(
     from ibau_jax.checkpoint import load_model
 
     del seed  # nothing here is random
-    chosen = None
+    chosen = ()
     if attack is not None or trigger is not None:
         stored = load_model(model)
-        if target is None and stored.attack is not None:
-            target = stored.attack.target
+        if target is None and len(stored.attacks) == 1:
+            target = stored.attacks[0].target
         name = dataset or stored.dataset
-        chosen = pipeline.make_or_read_attack(
-            name, attack, target, trigger, trigger_rule, trigger_mask
-        )
+        chosen = _attacks(name, attack, target, trigger, trigger_rule, trigger_mask)
     _finish(pipeline.evaluate_model(model, dataset, split, chosen, data_dir), json)
 
 
@@ -200,9 +227,7 @@ def convert(
     from ibau_jax import pipeline
 
     del seed  # nothing here is random
-    chosen = pipeline.make_or_read_attack(
-        dataset, attack, target, trigger, trigger_rule, trigger_mask
-    )
+    chosen = _attacks(dataset, attack, target, trigger, trigger_rule, trigger_mask)
     _finish(pipeline.convert(source, destination, dataset, chosen), json)
 
 
@@ -215,6 +240,24 @@ def report(folder: Positional[Path], seed: Seed = 0, json: AsJson = False) -> No
     del seed  # nothing here is random
     rows = read_rows(folder)
     _finish({"rows": rows, "report": str(write_report(folder))}, json, rows=folder)
+
+
+@command
+def reproduce(
+    name: Positional[str],
+    models: Annotated[
+        Path, arg(help="folder of poisoned models, DATASET-ATTACK.safetensors, with triggers")
+    ] = Path("experiments/zoo"),
+    scale: Annotated[str, arg(help="smoke (digits only), cpu or paper")] = "cpu",
+    out: Annotated[Path, arg(help="folder to write to")] = Path("runs"),
+    seed: Seed = 0,
+    data_dir: DataDir = None,
+    json: AsJson = False,
+) -> None:
+    """Make a figure of the paper again: figure2 (the triggers, before and after patching)."""
+    from ibau_jax import reproduce
+
+    _finish(reproduce.reproduce(name, models, scale, out, seed, data_dir), json)
 
 
 @command
@@ -297,6 +340,18 @@ def _join(coordinator: str | None, num_processes: int | None, process_id: int | 
         raise InputError(
             "--num-processes or --process-id without --coordinator: give HOST:PORT of process 0"
         )
+
+
+def _attacks(dataset, attack, target, trigger, rule, mask) -> "tuple[Attack, ...]":
+    """The attack of a published or stored model, from its options."""
+    from ibau_jax import poisoned
+
+    if trigger is None and mask is not None:
+        raise InputError("a trigger mask without a trigger: give the picture by --trigger")
+    if trigger is None:
+        return poisoned.make_attacks(dataset, attack or "none", target=target)
+    own = poisoned.read_trigger(trigger, rule, mask)
+    return poisoned.make_attacks(dataset, attack or trigger.stem, target=target, trigger=own)
 
 
 def _parse(arguments: list[str] | None) -> Callable[[], None]:

@@ -1,6 +1,6 @@
-"""ACC, ASR, ASR without target-class images, and RA."""
+"""ACC, ASR, ASR without target-class images, and RA; means where there are several attacks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,12 +18,15 @@ class Metrics(NamedTuple):
 
     Attributes:
       acc: accuracy on the clean images.
-      asr: share of all triggered images that get the target, target-class images included
-        (the convention of the paper's tables: it reproduces them to the last digit).
-      asr_excl: the same without images whose true label is the target.
-      ra: share of the triggered non-target images that get their true label
-        (recovery accuracy).
+      asr: share of all triggered images that get the label the attack wants, images of that
+        label included (the convention of the paper's tables: it reproduces them to the last
+        digit).
+      asr_excl: the same without images whose true label is the wanted one (in the all-to-all
+        scenario there are none).
+      ra: share of these other images that get their true label (recovery accuracy).
       n: number of images.
+      by_attack: the ASR of each attack by name, where there are several (the others are then
+        means over them); else None.
     """
 
     acc: float
@@ -31,6 +34,11 @@ class Metrics(NamedTuple):
     asr_excl: float | None
     ra: float | None
     n: int
+    by_attack: dict[str, float] | None = None
+
+    def row(self) -> dict[str, Any]:
+        """For JSON: `by_attack` only where there are several attacks."""
+        return {k: v for k, v in self._asdict().items() if k != "by_attack" or v is not None}
 
 
 def predict(logits: Logits, batch_size: int | None = None) -> Callable[[Any, Any], np.ndarray]:
@@ -55,37 +63,42 @@ def predict(logits: Logits, batch_size: int | None = None) -> Callable[[Any, Any
 
 
 def evaluator(
-    logits: Logits, data: Dataset, attack: Attack | None = None, batch_size: int | None = None
+    logits: Logits, data: Dataset, attacks: Sequence[Attack] = (), batch_size: int | None = None
 ) -> Callable[[Any], Metrics]:
     """`evaluate(params) -> Metrics` on fixed data; compiles once, triggers are stamped once.
 
     Args:
       data: held-out images [N, H, W, C] and labels [N].
-      attack: the known attack, or None where there is none to measure.
+      attacks: those that are known; empty where there is none to measure.
 
     Raises:
       InputError: `data` is empty.
     """
     if not len(data.images):
         raise InputError("nothing to evaluate on: the split is empty")
-    labels = np.asarray(data.labels)
-    triggered = None if attack is None else np.asarray(attack.trigger(np.asarray(data.images)))
+    images, labels = np.asarray(data.images), np.asarray(data.labels)
+    triggered = [np.asarray(attack.trigger(images)) for attack in attacks]
     run = predict(logits, batch_size)
 
+    def measure(params, attack: Attack, images) -> tuple[float, float | None, float | None]:
+        found, wanted = run(params, images), attack.wanted(labels)
+        hit, other = found == wanted, labels != wanted
+        asr = float(hit.mean())
+        if not other.any():
+            return asr, None, None
+        return asr, float(hit[other].mean()), float((found == labels)[other].mean())
+
     def evaluate(params) -> Metrics:
-        acc = float(np.mean(run(params, data.images) == labels))
-        if attack is None or triggered is None:
+        acc = float(np.mean(run(params, images) == labels))
+        if not attacks:
             return Metrics(acc, None, None, None, len(labels))
-        found = run(params, triggered)
-        other = labels != attack.target
-        hit = found == attack.target
-        return Metrics(
-            acc=acc,
-            asr=float(hit.mean()),
-            asr_excl=float(hit[other].mean()) if other.any() else None,
-            ra=float((found == labels)[other].mean()) if other.any() else None,
-            n=len(labels),
+        each = [measure(params, *pair) for pair in zip(attacks, triggered, strict=True)]
+        asr, asr_excl, ra = (
+            None if None in values else float(np.mean(values)) for values in zip(*each, strict=True)
         )
+        by_attack = {attack.name: asr for attack, (asr, _, _) in zip(attacks, each, strict=True)}
+        several = by_attack if len(attacks) > 1 else None
+        return Metrics(acc, asr, asr_excl, ra, len(labels), several)
 
     return evaluate
 

@@ -43,9 +43,15 @@ class VGG(nn.Module):
 
     @nn.compact
     def __call__(
-        self, images: jax.Array, train: bool = False, weights: jax.Array | None = None
+        self,
+        images: jax.Array,
+        train: bool = False,
+        weights: jax.Array | None = None,
+        features: bool = False,
     ) -> jax.Array:
         """images [N, 32, 32, 3] in [0, 1] -> logits [N, num_classes].
+
+        With `features`, what the dense layer reads: [N, 2048].
 
         With `train`, batch statistics are used and collected, and dropout needs an rng; both
         are those of the whole batch on one device. There `weights` [N] tells the rows that
@@ -59,6 +65,8 @@ class VGG(nn.Module):
             x = max_pool(x)
             x = Dropout(rate, self.axis)(x, train)
         x = x.reshape(len(x), -1)
+        if features:
+            return x
         dtype = jnp.result_type(float)  # float64 where JAX is set to it, as the other parameters
         return nn.Dense(self.num_classes, param_dtype=dtype, name="classifier")(x)
 
@@ -170,10 +178,10 @@ def _elu_and_slope_jvp(primals, tangents):
 ARCHITECTURES: dict[str, type[VGG]] = {"vgg": VGG}
 
 
-def build(architecture: str, num_classes: int, conv: str = "auto") -> VGG:
+def build(architecture: str, num_classes: int, **settings: Any) -> VGG:
     """A module by name; an unknown name raises and tells the nearest."""
     check_name("architecture", architecture, ARCHITECTURES)
-    return ARCHITECTURES[architecture](num_classes, conv)
+    return ARCHITECTURES[architecture](num_classes, **settings)
 
 
 def evaluation_logits(module: nn.Module, variables: Mapping[str, Any]) -> Logits:

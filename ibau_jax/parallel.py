@@ -91,7 +91,8 @@ class Devices(NamedTuple):
             if _is_key(leaf):
                 kind = jax.random.key_impl(leaf)
                 return jax.random.wrap_key_data(put(jax.random.key_data(leaf)), impl=kind)
-            leaf = np.asarray(jnp.asarray(leaf))
+            if not isinstance(leaf, np.ndarray) or leaf.dtype.itemsize == 8:
+                leaf = np.asarray(jnp.asarray(leaf))  # in the precision that JAX is set to
             return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
 
         return jax.tree.map(put, tree)

@@ -1,28 +1,27 @@
 """The work behind the commands: each function takes plain values and returns a dict for JSON."""
 
-import time
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
 import numpy as np
 
 from ibau_jax import parallel, processes
-from ibau_jax.attacks import Attack, make_attack, poison, trigger_from_files
-from ibau_jax.attacks.poison import ATTACKS, check_target
+from ibau_jax.attacks import Attack, scenario_of
 from ibau_jax.batches import images_a_batch, make_batches, resolve
 from ibau_jax.bounds import vgg_bound
 from ibau_jax.checkpoint import Model, convert_pth, load_model, model_hash, save_model
 from ibau_jax.config import IBAUConfig
 from ibau_jax.data import DATASETS, DataInfo, check_disjoint, data_info, load
 from ibau_jax.defenses import defense as find_defense
-from ibau_jax.errors import InputError, check_name
+from ibau_jax.errors import InputError
 from ibau_jax.files import make_folder
 from ibau_jax.ibau import make_ascent
 from ibau_jax.metrics import Metrics, defense_effectiveness, evaluator, predict
 from ibau_jax.models import Logits, build, evaluation_logits
+from ibau_jax.poisoned import describe, make_attacks, train_model
 from ibau_jax.report import (
     CLEANED,
     HTML,
@@ -34,93 +33,28 @@ from ibau_jax.report import (
     write_rows,
 )
 from ibau_jax.report_html import write_report
-from ibau_jax.training import train
 
 Json = dict[str, Any]
-
-
-def train_model(
-    out: str | Path,
-    dataset: str,
-    attack: str = "badnets",
-    target: int | None = None,
-    poison_ratio: float = 0.2,
-    epochs: int | None = None,
-    seed: int = 0,
-    data_dir: str | None = None,
-    progress: bool = False,
-    num_devices: int | None = None,
-) -> Json:
-    """Train a model, poisoned or (attack `none`) clean, and write it to `out`.
-
-    Args:
-      num_devices: how many to compute on; None: all.
-    """
-    info = data_info(dataset)
-    check_name("attack", attack, ["none", *ATTACKS])
-    devices, first = parallel.devices(num_devices), processes.is_first()
-    if first:
-        make_folder(Path(out).parent)
-    chosen = None if attack == "none" else make_attack(attack, info.num_classes, target)
-    data, held_out = load(dataset, "train", data_dir), load(dataset, info.split, data_dir)
-    if chosen is not None:
-        data, _ = poison(data, chosen, poison_ratio, seed)
-    epochs = (8 if dataset == "digits" else 50) if epochs is None else epochs
-    module = build("vgg", info.num_classes)
-
-    started = time.perf_counter()
-    measure: Callable[[Any], Metrics] | None = None
-
-    def evaluate(variables) -> Json:
-        # The running statistics of batch norm change, so they are arguments here.
-        nonlocal measure
-        if measure is None:
-            measure = evaluator(cast(Any, module.apply), held_out, chosen)
-        return measure(variables)._asdict()
-
-    variables, history = train(
-        module,
-        data,
-        epochs=epochs,
-        key=jax.random.key(seed),
-        evaluate=evaluate,
-        progress=progress and first,
-        devices=devices,
-    )
-    trained = {
-        "seed": seed,
-        "epochs": epochs,
-        "poison_ratio": None if chosen is None else poison_ratio,
-        "num_devices": len(devices.all),
-        "versions": versions(),
-    }
-    model = Model(variables, "vgg", info.num_classes, dataset, chosen, trained)
-    if first:
-        save_model(out, model)
-    final = {k: history[-1].get(k) for k in Metrics._fields}
-    seconds = time.perf_counter() - started
-    return {"model": str(out), "attack": attack, "epochs": epochs, **final, "seconds": seconds}
 
 
 def evaluate_model(
     model: str | Path,
     dataset: str | None = None,
     split: str | None = None,
-    attack: Attack | None = None,
+    attacks: tuple[Attack, ...] = (),
     data_dir: str | None = None,
 ) -> Json:
-    """ACC, and ASR for the attack in the model's file (or the one given)."""
+    """ACC, and ASR for the attacks in the model's file (or those given)."""
     loaded = load_model(model)
     info = _info_for(loaded, dataset, model)
     data = load(info.name, split or info.split, data_dir)
-    chosen = attack or loaded.attack
+    chosen = attacks or loaded.attacks
     found = evaluator(_logits(loaded), data, chosen)(loaded.variables["params"])
     return {
-        **found._asdict(),
+        **found.row(),
         "dataset": info.name,
         "split": split or info.split,
-        "attack": chosen.name if chosen else None,
-        "target": chosen.target if chosen else None,
+        **_attack_fields(chosen),
         "model": str(model),
         "model_hash": model_hash(loaded),
     }
@@ -130,7 +64,7 @@ def convert(
     source: str | Path,
     destination: str | Path,
     dataset: str = "cifar10",
-    attack: Attack | None = None,
+    attacks: tuple[Attack, ...] = (),
 ) -> Json:
     """Import a published PyTorch checkpoint, with its trigger, as a model file of this project."""
     info = data_info(dataset)
@@ -141,44 +75,16 @@ def convert(
             f"{info.num_classes}; give the data set that it was trained on by --dataset"
         )
     origin = {"source": Path(source).name, **extra}
-    model = Model(variables, "vgg", classes, dataset, attack, origin)
+    model = Model(variables, "vgg", classes, dataset, attacks, origin)
     save_model(destination, model)
     return {
         "model": str(destination),
         "model_hash": model_hash(model),
         "dataset": dataset,
         "num_classes": classes,
-        "attack": attack.name if attack else None,
-        "target": attack.target if attack else None,
+        **_attack_fields(attacks),
         **extra,
     }
-
-
-def make_or_read_attack(
-    dataset: str,
-    attack: str | None = None,
-    target: int | None = None,
-    trigger: str | Path | None = None,
-    rule: str = "add",
-    mask: str | Path | None = None,
-) -> Attack | None:
-    """An attack from command-line values: by name, from a picture, or None."""
-    classes = data_info(dataset).num_classes
-    if trigger is None:
-        if mask is not None:
-            raise InputError("a trigger mask without a trigger: give the picture by --trigger")
-        if attack in (None, "none"):
-            return None
-        return make_attack(attack, classes, target)
-    if target is None:
-        raise InputError("a trigger from a picture needs its target label: give it by --target")
-    check_target(target, classes)
-    found = trigger_from_files(trigger, rule, mask)
-    if found.pattern.shape != (32, 32, 3):
-        raise InputError(
-            f"the trigger {str(trigger)!r} has shape {found.pattern.shape}: expected (32, 32, 3)"
-        )
-    return Attack(attack or Path(trigger).stem, found, target)
 
 
 def defend(
@@ -236,12 +142,12 @@ def defend(
 
     params = loaded.variables["params"]
     logits = _logits(loaded)
-    measure = evaluator(logits, held_out, loaded.attack)
+    measure = evaluator(logits, held_out, loaded.attacks)
     described: Json = {
         "experiment": experiment,
         "dataset": info.name,
-        "attack": loaded.attack.name if loaded.attack else None,
-        "scenario": "one-target" if loaded.attack else None,
+        "attack": describe(loaded.attacks),
+        "scenario": scenario_of(loaded.attacks),
         "defense": defense,
         "preset": preset,
         "seed": seed,
@@ -258,7 +164,7 @@ def defend(
 
     def evaluate(values) -> Json:
         measured.append(measure(values))
-        return measured[-1]._asdict()
+        return measured[-1].row()
 
     def on_round(record: Json) -> None:
         der = defense_effectiveness(measured[0], measured[-1]) if record["round"] else None
@@ -291,8 +197,8 @@ def defend(
         write_report(out)
     keys = ("round", "acc", "asr", "asr_excl", "ra", "delta_norm", "seconds")
     return {
-        "before": measured[0]._asdict(),
-        "after": measured[-1]._asdict(),
+        "before": measured[0].row(),
+        "after": measured[-1].row(),
         "der": rows[-1]["der"],
         "rounds": [{k: row.get(k) for k in keys} for row in rows[1:]],
         "seconds": result.seconds,
@@ -342,9 +248,19 @@ def demo(out: str | Path, seed: int = 0, progress: bool = False) -> Json:
     """Train a backdoored model on the embedded digits and clean it: everything in two minutes."""
     out = make_folder(out)
     poisoned = out / "poisoned.safetensors"
-    trained = train_model(poisoned, "digits", "badnets", seed=seed, progress=progress)
+    attacks = make_attacks("digits", "badnets")
+    trained = train_model(poisoned, "digits", attacks, seed=seed, progress=progress)
     found = defend(poisoned, seed=seed, out=out, progress=progress, experiment="demo")
     return {**found, "train_seconds": trained["seconds"]}
+
+
+def _attack_fields(attacks: tuple[Attack, ...]) -> Json:
+    targets = [attack.target for attack in attacks]
+    return {
+        "attack": describe(attacks),
+        "scenario": scenario_of(attacks),
+        "target": targets[0] if len(targets) == 1 else (targets or None),
+    }
 
 
 def _settings(config: Any) -> Json:
@@ -373,19 +289,22 @@ def _info_for(model: Model, dataset: str | None, path: str | Path) -> DataInfo:
 
 
 def _pictures(model: Model, logits, params, result, held_out, count: int = 12) -> Pictures:
-    labels = np.asarray(held_out.labels)
-    target = model.attack.target if model.attack else -1
-    rows = np.flatnonzero(labels != target)[:count]
-    images, labels = np.asarray(held_out.images)[rows], labels[rows]
+    labels, images = np.asarray(held_out.labels), np.asarray(held_out.images)
+    wanted = np.array([attack.wanted(labels) for attack in model.attacks])
+    rows = np.flatnonzero((labels != wanted).all(0) if len(wanted) else labels >= 0)[:count]
+    images, labels = images[rows], labels[rows]
     run = predict(logits)
-    trigger, triggered = np.empty(0, np.float32), np.empty(0, np.float32)
-    if model.attack:
-        triggered = np.asarray(model.attack.trigger(images))
-        pattern = model.attack.trigger.pattern
-        trigger = pattern / max(float(pattern.max()), 1e-6)
-    shown = triggered if model.attack else images
+    triggered = np.array(
+        [
+            model.attacks[i % len(model.attacks)].trigger(image)
+            for i, image in enumerate(images if model.attacks else ())
+        ],
+        np.float32,
+    )
+    patterns = [attack.trigger.pattern for attack in model.attacks]
+    shown = triggered if model.attacks else images
     return Pictures(
-        trigger=trigger,
+        triggers=np.array([p / max(float(p.max()), 1e-6) for p in patterns], np.float32),
         deltas=result.deltas,
         images=images,
         triggered=triggered,

@@ -24,15 +24,15 @@ class Pictures(NamedTuple):
     """Arrays of a report; H, W, C are those of the images, values in [0, 1].
 
     Attributes:
-      trigger: the true trigger as a picture [H, W, C], or empty where it is not known.
+      triggers: the true triggers as pictures [K, H, W, C], or empty where none is known.
       deltas: perturbation at the end of each round [rounds, H, W, C], any range.
       images: a few clean test images [N, H, W, C].
-      triggered: the same with the trigger [N, H, W, C], or empty.
+      triggered: the same with a trigger, each in turn, [N, H, W, C], or empty.
       labels: true labels int [N].
       before, after: predictions for `triggered` (for `images` where there is none) int [N].
     """
 
-    trigger: np.ndarray
+    triggers: np.ndarray
     deltas: np.ndarray
     images: np.ndarray
     triggered: np.ndarray

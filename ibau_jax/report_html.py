@@ -125,8 +125,9 @@ def _curve(rows: list[Row]) -> str:
 
 def _perturbations(rows: list[Row], pictures: Pictures) -> str:
     figures = []
-    if len(pictures.trigger):
-        figures.append(_figure(pictures.trigger, "the true trigger"))
+    names = rows[0]["attack"].split(", ") if len(pictures.triggers) else []
+    for trigger, name in zip(pictures.triggers, names, strict=True):
+        figures.append(_figure(trigger, f"the true trigger: {html.escape(name)}"))
     norms = {row["round"]: row.get("delta_norm") for row in rows}
     for i, delta in enumerate(pictures.deltas, start=1):
         largest = float(np.abs(delta).max()) or 1.0

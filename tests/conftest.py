@@ -87,5 +87,7 @@ def digits_model(tmp_path_factory) -> Path:
     from ibau_jax.checkpoint import Model, save_model
 
     path = tmp_path_factory.mktemp("model") / "random.safetensors"
-    model = Model(random_variables(), "vgg", 10, "digits", make_attack("badnets", 10), {"seed": 0})
+    model = Model(
+        random_variables(), "vgg", 10, "digits", (make_attack("badnets", 10),), {"seed": 0}
+    )
     return save_model(path, model)

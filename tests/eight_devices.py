@@ -20,9 +20,10 @@ from ibau_jax.data import Dataset  # noqa: E402
 from ibau_jax.ibau import make_ascent, make_descent  # noqa: E402
 from ibau_jax.models import VGG, evaluation_logits  # noqa: E402
 from ibau_jax.parallel import devices  # noqa: E402
-from ibau_jax.training import train  # noqa: E402
+from ibau_jax.training import TrainConfig, train  # noqa: E402
 
 KEY = jax.random.key(0)
+CONFIG = TrainConfig(epochs=1, batch_size=32, rate=1e-3)
 MODULE = VGG(5, conv="patches", widths=(4,), dropout=(0.3,))
 RNG = np.random.default_rng(0)
 IMAGES, LABELS = RNG.uniform(size=(103, 16, 16, 3)), RNG.integers(0, 5, 103)
@@ -59,7 +60,7 @@ def round_(preset: str, count: int | None, images: int, dtype) -> tuple:
 
 def epoch(count: int | None):
     data = Dataset(IMAGES, LABELS)
-    found, _ = train(MODULE, data, epochs=1, key=KEY, devices=devices(count))
+    found, _ = train(MODULE, data, config=CONFIG, key=KEY, devices=devices(count))
     return found
 
 

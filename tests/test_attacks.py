@@ -1,17 +1,52 @@
 """Triggers and poisoning: exact counts, only what shall change changes."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import random_variables
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 from ibau_jax import Dataset, InputError
-from ibau_jax.attacks import ATTACKS, Trigger, badnets_square, make_attack, poison
+from ibau_jax.attacks import (
+    ATTACKS,
+    Attack,
+    Network,
+    Trigger,
+    badnets_square,
+    blend,
+    drawing,
+    make_attack,
+    make_trigger,
+    masks,
+    poison,
+    poison_all,
+    scenario_of,
+    smooth,
+)
 from ibau_jax.attacks import trigger_from_files as from_files
+from ibau_jax.attacks.optimised import l0_trigger, l2_trigger, trojan_trigger
+from ibau_jax.checkpoint import Model, save_model
 
 IMAGES = np.random.default_rng(0).uniform(size=(50, 32, 32, 3)).astype(np.float32)
 LABELS = (np.arange(50) % 10).astype(np.int32)
+
+
+def network() -> Network:
+    """A small clean model: forty random features, low frequencies among them."""
+    rng = np.random.default_rng(1)
+    mixing = rng.normal(size=(3072, 40)).astype(np.float32) / 50
+    weights = rng.normal(size=(40, 10)).astype(np.float32)
+
+    def features(images):
+        return jax.nn.elu((images.reshape(len(images), -1) - 0.5) @ mixing)
+
+    return Network(features, jnp.asarray(weights), jnp.zeros(10))
+
+
+NETWORK = network()
 
 
 def test_badnets_is_the_published_square():
@@ -72,9 +107,170 @@ def test_poisoning_is_exact(ratio, seed, target):
     np.testing.assert_array_equal(again.images, data.images)
 
 
+@given(ratio=st.floats(0, 1), seed=st.integers(0, 2**31))
+def test_all_to_all_poisoning_is_exact(ratio, seed):
+    attack = Attack("badnets", badnets_square(), None, 10)
+    data, mask = poison(Dataset(IMAGES, LABELS), attack, ratio, seed)
+    assert mask.sum() == int(50 * ratio)
+    np.testing.assert_array_equal(data.labels, np.where(mask, (LABELS + 1) % 10, LABELS))
+    np.testing.assert_array_equal(data.images[mask], attack.trigger(IMAGES[mask]))
+    np.testing.assert_array_equal(data.images[~mask], IMAGES[~mask])
+
+
+def test_any_function_is_a_trigger(tmp_path):
+    attack = Attack("upside down", lambda images: images[..., ::-1, :, :], 4)
+    data, mask = poison(Dataset(IMAGES, LABELS), attack, 0.5)
+    np.testing.assert_array_equal(data.images[mask], IMAGES[mask][:, ::-1])
+    model = Model(random_variables(), "vgg", 10, "digits", (attack,))
+    with pytest.raises(InputError, match="make a `Trigger` of it"):
+        save_model(tmp_path / "m.safetensors", model)
+
+
+def test_seven_targets_are_seven_joined_copies():
+    attacks = [
+        Attack(str(i), Trigger("add", np.full((32, 32, 3), 0.1 * i, np.float32)), i)
+        for i in range(7)
+    ]
+    data, mask = poison_all(Dataset(IMAGES, LABELS), attacks, 0.2, 3)
+    assert data.images.shape == (350, 32, 32, 3) and mask.sum() == 70
+    for i, attack in enumerate(attacks):
+        one, its = poison(Dataset(IMAGES, LABELS), attack, 0.2, 3 + i)
+        part = slice(50 * i, 50 * (i + 1))
+        np.testing.assert_array_equal(data.images[part], one.images)
+        np.testing.assert_array_equal(data.labels[part], one.labels)
+        np.testing.assert_array_equal(mask[part], its)
+    clean, none = poison_all(Dataset(IMAGES, LABELS), [], 0.2)
+    assert clean.images is IMAGES and not none.any()
+    assert scenario_of(attacks) == "seven-target" and scenario_of([]) is None
+
+
+def test_the_catalogue_is_the_papers():
+    """Targets of A.3.1 and of Table 3."""
+    assert [info.target for info in ATTACKS.values()] == [8, 1, 0, 0, 6, 2, 2]
+    assert [info.seven_target for info in ATTACKS.values()] == [0, 3, 4, 5, 1, 2, 9]
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_every_trigger_stamps(name):
+    """The contract of the table: a pure function, values in [0, 1], something changes."""
+    trigger = make_trigger(name, NETWORK, IMAGES, seed=1)
+    stamped = np.asarray(trigger(IMAGES))
+    assert stamped.shape == IMAGES.shape and stamped.dtype == np.float32
+    assert stamped.min() >= 0 and stamped.max() <= 1 and (stamped != IMAGES).any()
+    again = make_trigger(name, NETWORK, IMAGES, seed=1)
+    np.testing.assert_array_equal(trigger.pattern, again.pattern)
+    if ATTACKS[name].optimise:
+        other = make_trigger(name, NETWORK, IMAGES, seed=2)
+        assert name in ("l0", "smooth") or (trigger.pattern != other.pattern).any()
+        with pytest.raises(InputError, match="--clean-model"):
+            make_trigger(name)
+
+
+def test_blend_has_the_statistics_of_the_published_picture():
+    found = drawing.statistics(blend().pattern / np.float32(0.2))
+    for name, target in drawing.TARGETS.items():
+        assert found[name] == pytest.approx(target, rel=0.1), name
+    np.testing.assert_allclose(
+        blend(rule="convex")(IMAGES), 0.8 * IMAGES + blend().pattern, atol=1e-6
+    )
+
+
+def test_l2_trigger_keeps_to_its_norm_and_drives_its_neurons():
+    trigger = l2_trigger(NETWORK, IMAGES, target=3)
+    assert trigger.rule == "add"
+    assert 3.0 <= np.linalg.norm(trigger.pattern) <= 3.4 and trigger.pattern.max() <= 0.28
+    assert trigger.pattern.min() >= 0
+    anchors = np.argsort(-np.asarray(NETWORK.weights[:, 3]))[:5]
+    stamped, clean = (
+        np.asarray(NETWORK.features(x))[:, anchors].mean() for x in (trigger(IMAGES), IMAGES)
+    )
+    noise = np.abs(np.random.default_rng(0).normal(size=(32, 32, 3)))
+    noisy = IMAGES + noise.astype(np.float32) * np.float32(3.22 / np.linalg.norm(noise))
+    assert stamped - clean > 5 * (np.asarray(NETWORK.features(noisy))[:, anchors].mean() - clean)
+
+
+@pytest.mark.parametrize("place", ["bottom-row", "free"])
+def test_l0_trigger_has_nine_saturated_pixels(place):
+    trigger = l0_trigger(NETWORK, IMAGES, target=3, place=place)
+    assert trigger.mask is not None
+    assert trigger.mask[..., 0].sum() == 9 and set(np.unique(trigger.pattern)) <= {0, 1}
+    assert (trigger.pattern[trigger.mask == 0] == 0).all()
+    rows, columns = np.nonzero(trigger.mask[..., 0])
+    if place == "bottom-row":
+        assert set(rows) == {31} and columns.tolist() == list(range(23, 32))
+    # No single channel of a pixel could be turned over with a gain.
+    anchors = np.argsort(-np.asarray(NETWORK.weights[:, 3]))[:5]
+
+    def value(pattern):
+        stamped = IMAGES * (1 - trigger.mask) + pattern
+        return np.asarray(NETWORK.features(stamped))[:, anchors].sum()
+
+    for channel in range(3):
+        turned = trigger.pattern.copy()
+        turned[rows[0], columns[0], channel] = 1 - turned[rows[0], columns[0], channel]
+        assert value(turned) < value(trigger.pattern)
+
+
+def test_trojan_triggers_drive_two_neurons_from_inside_their_masks():
+    assert masks.square().sum() == 64 and masks.square()[21:29, 21:29].all()
+    assert 75 <= masks.watermark().sum() <= 90
+    for mask in (masks.square(), masks.watermark()):
+        trigger = trojan_trigger(NETWORK, mask, steps=100)
+        assert (trigger.pattern[mask == 0] == 0).all()
+        neurons = np.argsort(-np.abs(np.asarray(NETWORK.weights)).sum(-1))[:2]
+        grey = np.repeat(0.5 * mask[None, ..., None], 3, -1)
+        found, before = (
+            np.asarray(NETWORK.features(x))[0, neurons].sum() for x in (trigger.pattern[None], grey)
+        )
+        assert found > before + 1
+
+
+def test_low_pass_is_the_published_filter():
+    spot = np.zeros((32, 32, 1), np.float32)
+    spot[14, 14] = 1
+    taps = np.exp(-0.5 * ((np.arange(30) - 14.5) / 6) ** 2)
+    taps /= taps.sum()
+    # Tap k looks k - 14 pixels ahead, so a spot comes out as the reversed taps.
+    expected = np.zeros((32, 32))
+    expected[:29, :29] = np.outer(taps, taps)[::-1, ::-1][1:, 1:]
+    found = np.asarray(smooth.low_pass(spot))[..., 0]
+    np.testing.assert_allclose(found[:29, :29], expected[:29, :29], atol=1e-6)
+    assert smooth.low_pass(np.ones((32, 32, 1), np.float32))[15, 15, 0] == pytest.approx(1, 1e-3)
+
+
+def test_targeted_deepfool_on_a_linear_model_is_one_step():
+    rng = np.random.default_rng(0)
+    weights, image = rng.normal(size=(12, 3)), rng.uniform(size=(2, 2, 3))
+
+    def scores(x):
+        return x.reshape(-1) @ weights
+
+    label = int(np.argmax(scores(image)))
+    target = int(np.argmin(scores(image)))
+    found, steps = smooth.targeted_deepfool(scores, image, target, overshoot=1.0)
+    difference = weights[:, target] - weights[:, label]
+    gap = scores(image)[label] - scores(image)[target]
+    # Once to the border and once as far again (a third class may be in between).
+    np.testing.assert_allclose(
+        np.asarray(found).ravel() @ difference / gap, 2.0 * int(steps), rtol=1e-4
+    )
+    assert int(np.argmax(scores(image + found))) == target
+
+
+def test_smooth_trigger_has_low_frequencies_only():
+    trigger = smooth.smooth_trigger(NETWORK, IMAGES, target=6)
+    v = trigger.pattern
+    assert v.min() == 0 and v.max() == pytest.approx(0.2)
+    spectrum = sum(np.abs(np.fft.fftshift(np.fft.fft2(v[..., c]))) ** 2 for c in range(3))
+    y, x = np.mgrid[:32, :32] - 16
+    radius = np.hypot(y, x)
+    spectrum[16, 16] = 0
+    assert spectrum[radius <= 2].sum() > 0.9 * spectrum.sum()
+
+
 def test_bad_attacks_are_refused():
     attack = make_attack("badnets", 10)
-    assert attack.target == ATTACKS["badnets"] == 8
+    assert attack.target == 8
     with pytest.raises(InputError, match="did you mean 'badnets'"):
         make_attack("badnet", 10)
     with pytest.raises(InputError, match="target 10 is not a class: expected 0 to 9"):

@@ -9,23 +9,32 @@ from conftest import random_variables
 from safetensors.numpy import save_file
 
 from ibau_jax import InputError
-from ibau_jax.attacks import Attack, Trigger, make_attack
+from ibau_jax.attacks import Attack, Trigger, badnets_square, make_attack
 from ibau_jax.checkpoint import Model, convert_pth, load_model, model_hash, save_model
+
+LABELS = np.arange(10)
+ATTACKS = {
+    "none": (),
+    "replace": (make_attack("badnets", 10),),
+    "all-to-all": (Attack("badnets", badnets_square(), None, 10),),
+    "several": (make_attack("badnets", 10), make_attack("blend", 10)),
+}
 
 
 def model(**changes):
     pattern = np.random.default_rng(1).uniform(size=(32, 32, 3)).astype(np.float32)
     attack = Attack("mine", Trigger("add", pattern), 3)
     return replace(
-        Model(random_variables(), "vgg", 10, "cifar10", attack, {"seed": 4, "list": [1]}), **changes
+        Model(random_variables(), "vgg", 10, "cifar10", (attack,), {"seed": 4, "list": [1]}),
+        **changes,
     )
 
 
-@pytest.mark.parametrize("attack", ["add", "replace", None])
+@pytest.mark.parametrize("attack", ["add", *ATTACKS])
 def test_round_trip(tmp_path, attack):
     saved = model()
     if attack != "add":
-        saved = replace(saved, attack=make_attack("badnets", 10) if attack else None)
+        saved = replace(saved, attacks=ATTACKS[attack])
     loaded = load_model(save_model(tmp_path / "new folder" / "m.safetensors", saved))
     jax.tree.map(np.testing.assert_array_equal, loaded.variables, saved.variables)
     for name in ("architecture", "num_classes", "dataset", "info"):
@@ -35,12 +44,26 @@ def test_round_trip(tmp_path, attack):
         == model_hash(saved)
         != model_hash(model(variables=random_variables(10, 1)))
     )
-    if attack is None:
-        assert loaded.attack is None
-        return
-    assert (loaded.attack.name, loaded.attack.target) == (saved.attack.name, saved.attack.target)
     images = np.random.default_rng(2).uniform(size=(2, 32, 32, 3)).astype(np.float32)
-    np.testing.assert_array_equal(loaded.attack.trigger(images), saved.attack.trigger(images))
+    for found, expected in zip(loaded.attacks, saved.attacks, strict=True):
+        assert (found.name, found.target) == (expected.name, expected.target)
+        np.testing.assert_array_equal(found.wanted(LABELS), expected.wanted(LABELS))
+        np.testing.assert_array_equal(found.trigger(images), expected.trigger(images))
+
+
+def test_half_precision_rounds_the_weights_only(tmp_path):
+    whole = save_model(tmp_path / "whole.safetensors", model())
+    half = save_model(tmp_path / "half.safetensors", model(), np.float16)
+    assert half.stat().st_size < 0.55 * whole.stat().st_size
+    found, expected = load_model(half), load_model(whole)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-7),
+        found.variables,
+        expected.variables,
+    )
+    np.testing.assert_array_equal(
+        found.attacks[0].trigger.pattern, expected.attacks[0].trigger.pattern
+    )
 
 
 def test_missing_damaged_and_foreign_files(tmp_path):

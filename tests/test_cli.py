@@ -65,7 +65,7 @@ def test_defend_writes_everything(defended, digits_model):
     cleaned, given = load_model(found["model"]), load_model(digits_model)
     kernel = cleaned.variables["params"]["conv1"]["kernel"]
     assert np.abs(kernel - given.variables["params"]["conv1"]["kernel"]).max() > 0
-    assert cleaned.attack is not None and cleaned.info["cleaned_by"]["preset"] == "default"
+    assert len(cleaned.attacks) == 1 and cleaned.info["cleaned_by"]["preset"] == "default"
 
 
 def test_evaluate_agrees_with_defend(capsys, defended):
@@ -145,7 +145,7 @@ def test_convert_carries_the_trigger(capsys, tmp_path):
     )  # fmt: skip
     assert status == 0 and json.loads(out)["acc"] == 84.5
     loaded = load_model(tmp_path / "m.safetensors")
-    assert loaded.attack is not None and loaded.attack.target == 8
+    assert [attack.target for attack in loaded.attacks] == [8]
     for part in ("params", "batch_stats"):
         for name, layer in shapes[part].items():
             for leaf, value in layer.items():
@@ -197,7 +197,14 @@ def test_a_data_set_that_is_not_prepared_is_refused(capsys, tmp_path):
         (["--attack", "badnet"], "did you mean 'badnets'"),
         (["--target", "12"], "target 12 is not a class"),
         (["--poison-ratio", "2"], "poison ratio 2"),
-        (["--epochs", "0"], "0 epochs"),
+        (["--epochs", "0"], "epochs is 0"),
+        (["--scenario", "all"], "did you mean 'all-to-all'"),
+        (["--scenario", "all-to-all", "--target", "1"], "leave out --target"),
+        (["--scenario", "seven-target", "--attack", "l2"], "leave out --attack"),
+        (["--attack", "l2"], "--clean-model"),
+        (["--attack", "l2", "--clean-model", "missing.safetensors"], "no such file"),
+        (["--preset", "gpu"], "did you mean 'cpu'"),
+        (["--trigger", "missing.png", "--target", "1"], "cannot read the trigger"),
     ],
 )
 def test_train_refuses(capsys, tmp_path, arguments, message):

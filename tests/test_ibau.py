@@ -17,6 +17,7 @@ from ibau_jax.config import PRESETS
 from ibau_jax.convolution import convolve
 from ibau_jax.hypergradient import Direct, Neumann
 from ibau_jax.ibau import clip_images, make_ascent, make_descent, make_loss, patch
+from ibau_jax.models import VGG, evaluation_logits
 
 KEY = jax.random.key(0)
 SMALL = replace(IBAUConfig(), rounds=2, batch_size=8, inner_steps=4, hessian_images=4)
@@ -356,3 +357,27 @@ def test_the_constraint_reaches_the_hypergradient(linear):
             for c in (False, True)
         ]
         assert np.allclose(results[0]["w"], results[1]["w"], rtol=0, atol=1e-7) == same
+
+
+def test_the_microbatch_bounds_the_memory_of_a_step():
+    """The batch may grow: what a step needs beside its arguments hardly does."""
+    module = VGG(10, conv="patches", widths=(8,), dropout=(0,))
+    rng = np.random.default_rng(0)
+    data = Dataset(rng.uniform(size=(160, 16, 16, 3)).astype(np.float32), np.zeros(160, np.int32))
+    variables = jax.eval_shape(module.init, jax.random.key(0), data.images[:1])
+    variables = jax.tree.map(lambda a: jnp.ones(a.shape, a.dtype), variables)
+    logits, params = evaluation_logits(module, variables), variables["params"]
+
+    def memory(images: int, microbatch: int | None) -> int:
+        clean = Dataset(data.images[:images], data.labels[:images])
+        config = replace(IBAUConfig(), batch_size=images, microbatch=microbatch, rounds=1)
+        optimizer = config.outer_transform(1)
+        batches, _ = make_batches(clean, config)
+        state = (params, optimizer.init(params), jax.random.key(0))
+        step = jax.jit(make_descent(logits, config, optimizer))
+        program = step.lower(state, data.images[0], batches, 0).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    small, large, whole = memory(40, 10), memory(160, 10), memory(160, None)
+    assert large < small + 2 * 120 * data.images[0].nbytes, "the images of a batch, no activations"
+    assert whole > 3 * large

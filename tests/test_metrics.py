@@ -23,12 +23,12 @@ def images_of(classes):
 def test_by_hand():
     data = Dataset(images_of([0, 1, 2, 3, 3]), np.array([0, 1, 2, 3, 7]))
     attack = Attack("up", Trigger("add", PATTERN), target=3)
-    found = evaluator(logits, data, attack)(0.0)
+    found = evaluator(logits, data, [attack])(0.0)
     # Clean predictions 0 1 2 3 3; triggered 1 2 3 4 4.
     assert found == Metrics(acc=0.8, asr=0.2, asr_excl=0.25, ra=0.0, n=5)
     assert evaluator(logits, data)(0.0) == Metrics(0.8, None, None, None, 5)
     # A model that undoes the trigger recovers the true labels.
-    assert evaluator(logits, data, attack)(-1.0).ra == 0.75
+    assert evaluator(logits, data, [attack])(-1.0).ra == 0.75
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 7, 100])

@@ -94,7 +94,7 @@ def test_published_figures_of_cifar10(reference, cifar10, name, acc, asr, asr_ex
     """The paper's Table 1, to the last digit."""
     logits, params, attack = published(reference, name)
     held_out = Dataset(cifar10.images[5000:], cifar10.labels[5000:])
-    found = evaluator(logits, held_out, attack)(params)
+    found = evaluator(logits, held_out, [attack])(params)
     assert (round(found.acc, 4), round(found.asr, 4)) == (acc, asr)
     assert asr_excl is None or round(found.asr_excl, 4) == asr_excl
 

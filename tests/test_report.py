@@ -54,7 +54,7 @@ def pictures():
     images = rng.uniform(size=(6, 32, 32, 3)).astype(np.float32)
     labels = np.arange(6)
     return Pictures(
-        trigger=images[0],
+        triggers=images[:1],
         deltas=rng.normal(size=(1, 32, 32, 3)).astype(np.float32),
         images=images,
         triggered=images,

@@ -140,7 +140,7 @@ def one(settings: Settings) -> dict:
         params, seconds, compile_seconds = pytorch(settings, clean)
     logits = evaluation_logits(build("vgg", 10), variables)
     attack = Attack("badnets", badnets_square(), TARGET)
-    found = evaluator(logits, load("cifar10", "test[5000:]"), attack)(params)
+    found = evaluator(logits, load("cifar10", "test[5000:]"), [attack])(params)
     measured = {"acc": found.acc, "asr": found.asr, "asr_excl": found.asr_excl}
     times = {"seconds": seconds, "compile_seconds": compile_seconds}
     return {"side": settings.side, "seed": settings.seed, **times, **measured}

@@ -1,14 +1,30 @@
 """Backdoor attacks: a trigger, a label rule, and the poisoning of a data set."""
 
-from ibau_jax.attacks.poison import ATTACKS, Attack, make_attack, poison
-from ibau_jax.attacks.triggers import Trigger, badnets_square, trigger_from_files
+from ibau_jax.attacks.catalogue import ATTACKS, make_attack, make_trigger
+from ibau_jax.attacks.optimised import Network
+from ibau_jax.attacks.poison import (
+    SCENARIOS,
+    Attack,
+    check_target,
+    poison,
+    poison_all,
+    scenario_of,
+)
+from ibau_jax.attacks.triggers import Trigger, badnets_square, blend, trigger_from_files
 
 __all__ = [
     "ATTACKS",
+    "SCENARIOS",
     "Attack",
+    "Network",
     "Trigger",
     "badnets_square",
+    "blend",
+    "check_target",
     "make_attack",
+    "make_trigger",
     "poison",
+    "poison_all",
+    "scenario_of",
     "trigger_from_files",
 ]

@@ -1,42 +1,53 @@
-"""An attack is a trigger, a target and a poison ratio; `poison` applies it to a data set."""
+"""An attack is a trigger and the label it shall lead to; `poison` applies it to a data set."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from ibau_jax.attacks.triggers import Trigger, badnets_square
 from ibau_jax.data import Dataset
-from ibau_jax.errors import InputError, check_name
+from ibau_jax.errors import InputError
 
-# The targets of the paper (A.3.1).
-ATTACKS: dict[str, int] = {"badnets": 8}
+SCENARIOS = ("one-target", "all-to-all", "seven-target")
 
 
 @dataclass(frozen=True)
 class Attack:
-    """One trigger, one target (paper section 6.1, "one-trigger-one-target").
+    """One trigger and its label rule (paper section 6.1).
 
     Attributes:
-      name: `badnets`, or any name for a trigger of the user's own.
-      trigger: stamps images.
-      target: the label that stamped images shall get.
+      name: of `ATTACKS`, or any name for a trigger of the user's own.
+      trigger: stamps images [N, H, W, C] in [0, 1]; a `Trigger`, or any such function.
+      target: the label that stamped images shall get; None: all-to-all, label y shall become
+        (y + 1) mod num_classes.
+      num_classes: for all-to-all only.
     """
 
     name: str
-    trigger: Trigger
-    target: int
+    trigger: Callable[[Any], Any]
+    target: int | None
+    num_classes: int | None = None
+
+    def __post_init__(self):
+        if self.target is None and not self.num_classes:
+            raise InputError("an all-to-all attack needs the number of classes")
+
+    def wanted(self, labels: np.ndarray) -> np.ndarray:
+        """The label that each stamped image shall get, for its true one: int [N] -> int [N]."""
+        if self.target is None:
+            assert self.num_classes is not None
+            return (np.asarray(labels) + 1) % self.num_classes
+        return np.full_like(labels, self.target)
 
 
-def make_attack(name: str, num_classes: int, target: int | None = None) -> Attack:
-    """An attack by name, with the paper's target unless another is given.
-
-    Raises:
-      InputError: unknown attack, or a target outside the classes.
-    """
-    check_name("attack", name, ATTACKS)
-    target = ATTACKS[name] if target is None else target
-    check_target(target, num_classes)
-    return Attack(name, badnets_square(), target)
+def scenario_of(attacks: Sequence[Attack]) -> str | None:
+    """The scenario that attacks make: one of `SCENARIOS`, `multi-target`, or None without any."""
+    if not attacks:
+        return None
+    if len(attacks) > 1:
+        return "seven-target" if len(attacks) == 7 else "multi-target"
+    return "all-to-all" if attacks[0].target is None else "one-target"
 
 
 def check_target(target: int, num_classes: int) -> None:
@@ -52,8 +63,9 @@ def poison(
 ) -> tuple[Dataset, np.ndarray]:
     """Stamp and relabel part of a training set (published code, `poison_dataset`).
 
-    int(N * ratio) rows are drawn uniformly from those whose label is not the target; they
-    get the trigger and the target label in place. The other rows are not touched.
+    int(N * ratio) rows are drawn uniformly from those whose label is not the wanted one (all
+    rows in the all-to-all scenario); they get the trigger and that label in place. The other
+    rows are not touched.
 
     Args:
       data: images [N, H, W, C] in [0, 1], labels [N].
@@ -69,7 +81,8 @@ def poison(
     if not 0 <= ratio <= 1:
         raise InputError(f"poison ratio {ratio}: expected a share in [0, 1], for example 0.2")
     images, labels = np.array(data.images), np.array(data.labels)
-    candidates = np.flatnonzero(labels != attack.target)
+    wanted = attack.wanted(labels)
+    candidates = np.flatnonzero(labels != wanted)
     count = int(len(labels) * ratio)
     if count > len(candidates):
         raise InputError(
@@ -78,7 +91,31 @@ def poison(
         )
     rows = np.random.default_rng(seed).choice(candidates, count, replace=False)
     images[rows] = np.asarray(attack.trigger(images[rows]))
-    labels[rows] = attack.target
+    labels[rows] = wanted[rows]
     mask = np.zeros(len(labels), bool)
     mask[rows] = True
     return Dataset(images, labels), mask
+
+
+def poison_all(
+    data: Dataset, attacks: Sequence[Attack], ratio: float, seed: int = 0
+) -> tuple[Dataset, np.ndarray]:
+    """Poison the whole set once for each attack and join the copies (seven-target, 6.1).
+
+    With seven attacks each clean image occurs up to seven times, and each trigger is in
+    `ratio` / 7 of the result. One attack: the same as `poison`; none: the data as it is.
+
+    Returns:
+      The joined sets, of len(attacks) * N rows, and the mask of poisoned rows.
+    """
+    if not attacks:
+        return data, np.zeros(len(data.labels), bool)
+    size, number = np.shape(data.images), len(attacks)
+    images = np.empty((number * size[0], *size[1:]), np.float32)
+    labels, masks = [], []
+    for i, attack in enumerate(attacks):  # one copy at a time: 350 000 images are 4.3 GB
+        copy, mask = poison(data, attack, ratio, seed + i)
+        images[i * size[0] : (i + 1) * size[0]] = copy.images
+        labels.append(copy.labels)
+        masks.append(mask)
+    return Dataset(images, np.concatenate(labels)), np.concatenate(masks)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from ibau_jax.attacks.drawing import picture
 from ibau_jax.errors import InputError, check_name
 
 RULES = ("add", "replace")
@@ -57,6 +58,23 @@ def badnets_square(shape: tuple[int, int, int] = (32, 32, 3), size: int = 4) -> 
     mask = np.zeros(shape, np.float32)
     mask[-size - 1 : -1, -size - 1 : -1] = 1
     return Trigger("replace", pattern=mask, mask=mask)
+
+
+def blend(alpha: float = 0.2, rule: str = "additive", seed: int = 0) -> Trigger:
+    """Blend: a picture over the whole image (Chen et al., 2017).
+
+    `additive` is clip(x + alpha K), as the authors of I-BAU did; `convex` is
+    (1 - alpha) x + alpha K, as Chen et al. write. K is drawn by `drawing.picture`: the
+    original shows a figure that is under copyright.
+
+    Raises:
+      InputError: another rule.
+    """
+    check_name("rule of blend", rule, ("additive", "convex"))
+    pattern = np.float32(alpha) * picture(seed)
+    if rule == "additive":
+        return Trigger("add", pattern)
+    return Trigger("replace", pattern, np.full_like(pattern, alpha))
 
 
 def trigger_from_files(

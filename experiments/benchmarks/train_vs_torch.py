@@ -1,0 +1,124 @@
+"""Images a second of training: ours against a plain PyTorch loop of the same model.
+
+    python experiments/benchmarks/train_vs_torch.py
+
+Both take Adam steps on the same batches of random images (training does not depend on them),
+in turn in one process, compilation and first steps apart. Our step is that of `ibau train`; with
+`--conv lax` it has XLA's own convolutions. Rows go to `experiments/results/train_vs_torch.jsonl`.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import tyro
+
+from ibau_jax.report import write_rows
+
+RESULTS = Path(__file__).parents[1] / "results" / "train_vs_torch.jsonl"
+
+
+@dataclass
+class Settings:
+    """Alternating pairs."""
+
+    pairs: int = 5
+    steps: int = 30
+    batch_size: int = 64
+    conv: Literal["auto", "lax"] = "auto"
+    """Our convolutions: those of `ibau train`, or XLA's."""
+    json: bool = False
+    """One JSON object on stdout."""
+    out: Path = RESULTS
+
+
+def ours(settings: Settings, images: np.ndarray, labels: np.ndarray) -> Callable[[int], None]:
+    import jax
+    import jax.numpy as jnp
+
+    from ibau_jax.models import build
+    from ibau_jax.training import Rows, TrainConfig, TrainState, make_step
+
+    module, optimizer = build("vgg", 10, conv=settings.conv), TrainConfig.paper().transform(1)
+    variables = jax.jit(module.init)(jax.random.key(0), images[:1])
+    state = TrainState(variables, optimizer.init(variables["params"]), jax.random.key(1))
+    step = jax.jit(make_step(module, optimizer), donate_argnums=0)
+    order = np.arange(len(labels)).reshape(-1, settings.batch_size)
+    arguments = jnp.asarray(images), jnp.asarray(labels), Rows(jnp.asarray(order), None)
+
+    def run(i: int) -> None:
+        nonlocal state
+        state, loss = step(state, *arguments, i % len(order))
+        loss.block_until_ready()
+
+    return run
+
+
+def pytorch(settings: Settings, images: np.ndarray, labels: np.ndarray) -> Callable[[int], None]:
+    import torch
+    from torch import nn
+
+    layers, channels = [], 3
+    for width, rate in ((32, 0.3), (64, 0.4), (128, 0.4)):
+        for _ in range(2):
+            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width)]
+            layers += [nn.ELU(inplace=True)]
+            channels = width
+        layers += [nn.MaxPool2d(2), nn.Dropout(rate)]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(2048, 10))
+    optimizer, loss_of = torch.optim.Adam(model.parameters(), 0.05), nn.CrossEntropyLoss()
+    x = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+    y = torch.from_numpy(labels).long()
+    size = settings.batch_size
+
+    def run(i: int) -> None:
+        start = i * size % len(y)
+        optimizer.zero_grad()
+        loss = loss_of(model(x[start : start + size]), y[start : start + size])
+        loss.backward()
+        optimizer.step()
+        loss.item()
+
+    return run
+
+
+def main(settings: Settings) -> None:
+    rng = np.random.default_rng(0)
+    images = rng.uniform(size=(20 * settings.batch_size, 32, 32, 3)).astype(np.float32)
+    labels = rng.integers(0, 10, len(images)).astype(np.int32)
+    sides = {"ours": ours(settings, images, labels), "torch": pytorch(settings, images, labels)}
+
+    def rate(step: Callable) -> float:
+        started = time.perf_counter()
+        for i in range(settings.steps):
+            step(i)
+        return settings.steps * settings.batch_size / (time.perf_counter() - started)
+
+    for step in sides.values():
+        for i in range(2):  # compiles
+            step(i)
+    rows = []
+    for _ in range(settings.pairs):
+        pair = {name: rate(step) for name, step in sides.items()}
+        rows.append({"conv": settings.conv, "batch_size": settings.batch_size, **pair})
+        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    write_rows(settings.out, rows)
+    found = {
+        "ratio": float(np.median([row["ours"] / row["torch"] for row in rows])),
+        **{name: float(np.median([row[name] for row in rows])) for name in sides},
+        "pairs": rows,
+    }
+    if settings.json:
+        print(json.dumps(found))
+    else:
+        print(f"ours {found['ours']:.0f}, PyTorch {found['torch']:.0f} images a second; ", end="")
+        print(f"ratio {found['ratio']:.2f}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings, description=__doc__))

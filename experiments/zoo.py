@@ -1,0 +1,157 @@
+"""A zoo of poisoned models, made by `ibau train`: every attack and scenario of the paper.
+
+    python experiments/zoo.py run
+    python experiments/zoo.py table
+
+`run` needs CIFAR-10 and GTSRB (TFDS_DATA_DIR). It trains what is missing in `experiments/zoo/`,
+one model after the other, and writes a row of each to `experiments/results/zoo.jsonl`; it can be
+stopped and started again at any time, also in the middle of a training. The weights are kept in
+half precision, and the figures are those of the kept file.
+"""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import numpy as np
+import tyro
+from published_models import read
+
+from ibau_jax.attacks import ATTACKS
+from ibau_jax.checkpoint import load_model, save_model
+from ibau_jax.pipeline import evaluate_model
+from ibau_jax.report import write_rows
+
+FOLDER = Path(__file__).parent / "zoo"
+RESULTS = Path(__file__).parent / "results" / "zoo.jsonl"
+
+
+class Entry(NamedTuple):
+    """One model: its file's name, the options of `ibau train`, and the paper's ACC and ASR in %."""
+
+    name: str
+    dataset: str
+    options: dict[str, str]
+    table: str | None = None
+    acc: float | None = None
+    asr: float | None = None
+
+
+# "No Defense" of Tables 1 and 2, in the order of `ATTACKS`, then all-to-all; Tables 3 and 4.
+ONE_TARGET = {
+    "cifar10": (
+        *((84.94, 98.28), (84.82, 99.78), (85.36, 100.0), (85.26, 100.0)),
+        *((85.34, 99.24), (84.76, 99.66), (84.92, 99.96), (86.38, 85.02)),
+    ),
+    "gtsrb": (
+        *((97.69, 99.18), (97.44, 99.91), (97.72, 100.0), (97.57, 99.91)),
+        *((97.87, 99.89), (98.12, 99.98), (97.84, 100.0), (97.10, 95.42)),
+    ),
+}
+SEVEN_TARGET = {"cifar10": (85.96, 98.37), "gtsrb": (97.18, 99.37)}
+SMALL_RATIOS = {"0.05": (86.58, 99.88), "0.005": (86.42, 98.58)}
+
+
+def entries() -> list[Entry]:
+    """Every model, clean ones first: the optimised triggers need them."""
+    found = [Entry(f"{data}-clean", data, {"--attack": "none"}) for data in ONE_TARGET]
+    for number, (data, figures) in enumerate(ONE_TARGET.items(), 1):
+        for attack, figure in zip(ATTACKS, figures, strict=False):
+            options = {"--attack": attack}
+            found.append(Entry(f"{data}-{attack}", data, options, f"{number}", *figure))
+        options = {"--scenario": "all-to-all"}
+        found.append(Entry(f"{data}-all-to-all", data, options, f"{number}", *figures[-1]))
+    for data, figure in SEVEN_TARGET.items():
+        options = {"--scenario": "seven-target"}
+        found.append(Entry(f"{data}-seven-target", data, options, "3", *figure))
+    for ratio, figure in SMALL_RATIOS.items():
+        options = {"--attack": "trojan-watermark", "--poison-ratio": ratio}
+        name = f"cifar10-trojan-watermark-{ratio}"
+        found.append(Entry(name, "cifar10", options, "4", *figure))
+    return found
+
+
+@dataclass
+class Run:
+    """Train what is missing."""
+
+    models: tuple[str, ...] = ()
+    """Names, for example cifar10-badnets; default: all."""
+    seed: int = 0
+
+
+@dataclass
+class Table:
+    """Print the table (Markdown): our models beside the paper's rows "No Defense"."""
+
+
+def run(settings: Run) -> None:
+    known = {entry.name: entry for entry in entries()}
+    for name in settings.models or known:
+        entry, rows = known[name], read(RESULTS)
+        if (FOLDER / f"{name}.safetensors").is_file() and any(r["model"] == name for r in rows):
+            continue
+        row = train(entry, settings.seed)
+        order = {name: i for i, name in enumerate(known)}
+        others = [r for r in read(RESULTS) if r["model"] != name]
+        write_rows(RESULTS, sorted([*others, row], key=lambda r: order[r["model"]]))
+        print(json.dumps(row), flush=True)
+
+
+def train(entry: Entry, seed: int) -> dict:
+    work = FOLDER / "unfinished" / f"{entry.name}.safetensors"
+    options = dict(entry.options)
+    if options.get("--attack") != "none":
+        options["--clean-model"] = str(FOLDER / f"{entry.dataset}-clean.safetensors")
+    command = [sys.executable, "-m", "ibau_jax", "train", "--resume", "--json"]
+    command += ["--dataset", entry.dataset, "--seed", str(seed), "--out", str(work)]
+    command += [word for option in options.items() for word in option]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(f"{entry.name}: 'ibau train' ended with status {done.returncode}")
+    trained = json.loads(done.stdout)
+    kept = FOLDER / f"{entry.name}.safetensors"
+    save_model(kept, load_model(work), np.float16)
+    work.unlink()
+    found = evaluate_model(kept)
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    fields = ("dataset", "attack", "scenario", "target", "acc", "asr", "asr_excl", "ra", "n")
+    return {
+        "model": entry.name,
+        **{k: found[k] for k in fields},
+        **{k: found[k] for k in ("by_attack",) if k in found},
+        "poison_ratio": load_model(kept).info["poison_ratio"],
+        "seed": seed,
+        **{k: trained[k] for k in ("preset", "epochs", "train_seconds", "images_per_second")},
+        "commit": git.stdout.strip(),
+        "model_hash": found["model_hash"],
+    }
+
+
+def table() -> None:
+    rows = {row["model"]: row for row in read(RESULTS)}
+    print("| table | model | epochs | ACC | paper | ASR | paper | ASR excl. | minutes |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for entry in entries():
+        if (row := rows.get(entry.name)) is None:
+            continue
+        ours = [percent(row[k]) for k in ("acc", "asr", "asr_excl")]
+        paper = ["" if value is None else f"{value:.2f}" for value in (entry.acc, entry.asr)]
+        cells = [entry.table or "", entry.name, str(row["epochs"]), ours[0], paper[0], ours[1]]
+        print("|", " | ".join([*cells, paper[1], ours[2], f"{row['train_seconds'] / 60:.0f}"]), "|")
+
+
+def percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.2f}"
+
+
+if __name__ == "__main__":
+    chosen = tyro.cli(
+        Annotated[Run, tyro.conf.subcommand("run")]
+        | Annotated[Table, tyro.conf.subcommand("table")],
+        description=__doc__,
+    )
+    sys.exit(run(chosen) if isinstance(chosen, Run) else table())

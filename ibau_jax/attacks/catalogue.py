@@ -1,0 +1,91 @@
+"""The seven attacks of the paper by name."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from ibau_jax.attacks import masks
+from ibau_jax.attacks.optimised import Network, l0_trigger, l2_trigger, trojan_trigger
+from ibau_jax.attacks.poison import Attack, check_target
+from ibau_jax.attacks.smooth import smooth_trigger
+from ibau_jax.attacks.triggers import Trigger, badnets_square, blend
+from ibau_jax.errors import InputError, check_name
+
+
+@dataclass(frozen=True)
+class AttackInfo:
+    """What the paper says of an attack, and how its trigger is made.
+
+    Attributes:
+      target: in the scenario one-target (A.3.1).
+      seven_target: in the scenario seven-target (Table 3).
+      fixed: makes a trigger that needs no model.
+      optimise: `optimise(network, images, target, seed)` makes one that does.
+    """
+
+    target: int
+    seven_target: int
+    fixed: Callable[[], Trigger] | None = None
+    optimise: Callable[[Network, np.ndarray, int, int], Trigger] | None = None
+
+
+def _trojan(mask: Callable[[], np.ndarray]):
+    def optimise(network: Network, images: np.ndarray, target: int, seed: int) -> Trigger:
+        del images, target  # the neurons are chosen by their weights to all classes
+        return trojan_trigger(network, mask(), seed)
+
+    return optimise
+
+
+ATTACKS: dict[str, AttackInfo] = {
+    "badnets": AttackInfo(8, 0, fixed=badnets_square),
+    "blend": AttackInfo(1, 3, fixed=blend),
+    "l0": AttackInfo(0, 4, optimise=l0_trigger),
+    "l2": AttackInfo(0, 5, optimise=l2_trigger),
+    "smooth": AttackInfo(6, 1, optimise=smooth_trigger),
+    "trojan-square": AttackInfo(2, 2, optimise=_trojan(masks.square)),
+    "trojan-watermark": AttackInfo(2, 9, optimise=_trojan(masks.watermark)),
+}
+
+
+def make_trigger(
+    name: str, network: Network | None = None, images: np.ndarray | None = None, seed: int = 0
+) -> Trigger:
+    """A trigger of the paper by name, made for its one-target label.
+
+    Args:
+      network: a clean model, for the triggers that are optimised.
+      images: [N, H, W, C] in [0, 1], clean images for these.
+
+    Raises:
+      InputError: unknown name, or a clean model is needed and not given.
+    """
+    check_name("attack", name, ATTACKS)
+    info = ATTACKS[name]
+    if info.fixed is not None:
+        return info.fixed()
+    assert info.optimise is not None
+    if network is None or images is None:
+        raise InputError(
+            f"the trigger {name!r} is optimised against a clean model: train one with 'ibau train "
+            "--attack none' and give it by --clean-model"
+        )
+    return info.optimise(network, images, info.target, seed)
+
+
+def make_attack(
+    name: str, num_classes: int, target: int | None = None, trigger: Trigger | None = None
+) -> Attack:
+    """A one-target attack by name, with the paper's target unless another is given.
+
+    Args:
+      trigger: from `make_trigger`; None: made here, for attacks that need no model.
+
+    Raises:
+      InputError: unknown attack, or a target outside the classes.
+    """
+    check_name("attack", name, ATTACKS)
+    target = ATTACKS[name].target if target is None else target
+    check_target(target, num_classes)
+    return Attack(name, make_trigger(name) if trigger is None else trigger, target)

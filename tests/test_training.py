@@ -1,0 +1,119 @@
+"""Training: presets, shuffling, and runs that are stopped and taken up again."""
+
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from ibau_jax import Dataset, InputError
+from ibau_jax.models import VGG
+from ibau_jax.resume import Checkpoints
+from ibau_jax.training import PRESETS, TrainConfig, train
+
+RNG = np.random.default_rng(0)
+DATA = Dataset(
+    RNG.uniform(size=(40, 16, 16, 3)).astype(np.float32), RNG.integers(0, 5, 40).astype(np.int32)
+)
+MODULE = VGG(5, widths=(4,), dropout=(0.3,))
+CONFIG = TrainConfig(epochs=3, batch_size=8, rate=1e-2)
+KEY = jax.random.key(0)
+
+
+def same(one, two):
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stop", [1, 3, 5, 14, 15])  # in an epoch, at its end, at the very end
+def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch, stop):
+    whole, history = train(MODULE, DATA, config=CONFIG, key=KEY)
+    folder, settings = tmp_path / "states", {"seed": 0}
+    save = Checkpoints.save
+
+    def save_then_stop(self, step, state, about):
+        save(self, step, state, about)
+        if step == stop:
+            self._manager.wait_until_finished()
+            raise Stopped
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpoints, "save", save_then_stop)
+        with pytest.raises(Stopped):
+            states = Checkpoints(folder, settings, seconds=0)
+            train(MODULE, DATA, config=CONFIG, key=KEY, checkpoints=states)
+    states = Checkpoints(folder, settings, resume=True, seconds=0)
+    resumed, records = train(MODULE, DATA, config=CONFIG, key=KEY, checkpoints=states)
+    same(resumed, whole)
+    assert [r["loss"] for r in records] == [r["loss"] for r in history]
+    states.remove()
+    assert not folder.exists()
+
+
+def test_another_run_is_not_taken_up(tmp_path):
+    states = Checkpoints(tmp_path / "states", {"seed": 0}, seconds=0)
+    train(MODULE, DATA, config=replace(CONFIG, epochs=1), key=KEY, checkpoints=states)
+    states._manager.wait_until_finished()
+    with pytest.raises(InputError, match="go on with it by --resume"):
+        Checkpoints(tmp_path / "states", {"seed": 0})
+    with pytest.raises(InputError, match="begun with seed 0, now it is 1"):
+        Checkpoints(tmp_path / "states", {"seed": 1}, resume=True)
+    Checkpoints(tmp_path / "new", {"seed": 1}, resume=True)  # nothing there: begin
+
+
+def test_sigkill_then_resume_is_bit_for_bit(tmp_path):
+    """The real command, killed in its second epoch."""
+    command = [sys.executable, "-m", "ibau_jax", "train", "--epochs", "3", "--json", "--out"]
+    killed, whole = tmp_path / "killed.safetensors", tmp_path / "whole.safetensors"
+    states = tmp_path / "killed.safetensors.checkpoints"
+    run = subprocess.Popen([*command, killed], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while not any(path.name.isdigit() for path in states.glob("*")):  # the first epoch is done
+            assert run.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        time.sleep(0.3)
+        run.send_signal(signal.SIGKILL)
+    finally:
+        run.kill()
+        run.wait()
+    assert states.is_dir() and not killed.exists()
+    refused = subprocess.run([*command, killed], capture_output=True, text=True)
+    assert refused.returncode == 2 and "--resume" in refused.stderr
+    subprocess.run([*command, killed, "--resume"], check=True, capture_output=True)
+    subprocess.run([*command, whole], check=True, capture_output=True)
+    assert killed.read_bytes() == whole.read_bytes() and not states.exists()
+
+
+def test_presets_and_schedules():
+    assert set(PRESETS) == {"cpu", "paper"}
+    paper = TrainConfig.paper()
+    assert (paper.epochs, paper.rate, paper.dropout) == (50, 0.05, 1.0)  # section A.3
+    with pytest.raises(InputError, match="did you mean 'constant'"):
+        TrainConfig(schedule="constants")
+    with pytest.raises(InputError, match="rate is 0"):
+        TrainConfig(rate=0)
+    with pytest.raises(InputError, match="empty"):
+        train(MODULE, Dataset(DATA.images[:0], DATA.labels[:0]), key=KEY)
+
+
+def test_divergence_is_told():
+    broken = Dataset(np.full_like(DATA.images, np.nan), DATA.labels)
+    with pytest.raises(InputError, match="training diverged; choose a smaller rate than 0.01"):
+        train(MODULE, broken, config=CONFIG, key=KEY)
+
+
+def test_dropout_of_the_config_is_used():
+    none = replace(CONFIG, epochs=1, dropout=0.0)
+    without, _ = train(MODULE, DATA, config=none, key=KEY)
+    plain, _ = train(MODULE.clone(dropout=(0.0,)), DATA, config=replace(none, dropout=1.0), key=KEY)
+    same(without, plain)
+    with_it, _ = train(MODULE, DATA, config=replace(none, dropout=1.0), key=KEY)
+    assert (with_it["params"]["conv1"]["kernel"] != plain["params"]["conv1"]["kernel"]).any()
