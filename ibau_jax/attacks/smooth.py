@@ -99,21 +99,24 @@ def targeted_deepfool(
 
     def gap(x):
         f = probabilities(x)
-        return f[target] - f[label], f
+        return f[target] - f[label], jnp.argmax(f)
+
+    def look(total):
+        (difference, now), w = jax.value_and_grad(gap, has_aux=True)(image + total)
+        move = jnp.abs(difference) / jnp.sum(w * w) * w
+        return now, (1 + overshoot) * jnp.where(jnp.isfinite(move).all(), move, 0)
 
     def go_on(carry):
-        count, _, now = carry
+        count, _, (now, _) = carry
         return (now != target) & (count < steps)
 
     def step(carry):
-        count, total, _ = carry
-        (difference, _), w = jax.value_and_grad(gap, has_aux=True)(image + total)
-        norm2 = jnp.sum(w * w)
-        move = jnp.abs(difference) / norm2 * w
-        total += (1 + overshoot) * jnp.where(jnp.isfinite(move).all(), move, 0)
-        return count + 1, total, jnp.argmax(probabilities(image + total))
+        count, total, (_, move) = carry
+        total += move
+        return count + 1, total, look(total)
 
-    count, total, _ = lax.while_loop(go_on, step, (jnp.int32(0), jnp.zeros_like(image), label))
+    start = jnp.zeros_like(image)
+    count, total, _ = lax.while_loop(go_on, step, (jnp.int32(0), start, look(start)))
     return total, count
 
 
