@@ -3,8 +3,6 @@
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
 import optax
 
 from ibau_jax.errors import InputError, check_name
@@ -160,10 +158,6 @@ class IBAUConfig:
     def ball(self) -> Ball:
         """The set that delta is held in."""
         return Ball(self.radius, self.norm)
-
-    def size(self, delta: jax.Array) -> jax.Array:
-        """Norm of a perturbation in the ball's own norm."""
-        return jnp.abs(delta).max() if self.norm == "linf" else jnp.sqrt(jnp.sum(delta**2))
 
     def inner_transform(self, steps: int) -> optax.GradientTransformation:
         """The optimiser of an ascent of so many steps; it descends on the inner loss."""

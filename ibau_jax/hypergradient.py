@@ -65,12 +65,17 @@ class Ball(NamedTuple):
     radius: float
     norm: str = "l2"
 
+    def size(self, delta: Tree) -> jax.Array:
+        """||delta||, in the ball's own norm."""
+        if self.norm == "linf":
+            return jnp.max(jnp.stack([jnp.abs(d).max() for d in jax.tree.leaves(delta)]))
+        return jnp.sqrt(dot(delta, delta))
+
     def project(self, delta: Tree) -> Tree:
         """The nearest point of the ball (line 5 of Algorithm 1)."""
         if self.norm == "linf":
             return jax.tree.map(lambda d: jnp.clip(d, -self.radius, self.radius), delta)
-        size = jnp.sqrt(dot(delta, delta))
-        return scale(jnp.minimum(1, self.radius / jnp.maximum(size, 1e-12)), delta)
+        return scale(jnp.minimum(1, self.radius / jnp.maximum(self.size(delta), 1e-12)), delta)
 
     def tangent(self, delta: Tree, slope: Tree) -> tuple[MatVec, jax.Array]:
         """Where delta can move: a projection Q, and the curvature that the border adds.

@@ -159,7 +159,7 @@ def unlearn(
             history.append(
                 record(
                     round=round_,
-                    delta_norm=float(config.size(delta)),
+                    delta_norm=float(config.ball.size(delta)),
                     inner_loss=float(inner_loss),
                     outer_loss=float(np.mean([s.loss for s in steps])),
                     **_solves([s.report for s in steps]),

@@ -240,7 +240,7 @@ def bound(
         "confidence": found.confidence,
         **found.details,
         **{"radius": radius, "margin": margin, "xi": xi, "n": len(data.labels)},
-        **{"delta_norm": float(config.size(delta)), "model": str(model)},
+        **{"delta_norm": float(config.ball.size(delta)), "model": str(model)},
     }
 
 

@@ -140,7 +140,8 @@ def train(
     if checkpoints is not None and (last := checkpoints.last(_stored(state))):
         done, found, about = last
         variables, opt_state, bits = found
-        state = TrainState(variables, opt_state, jax.random.wrap_key_data(jnp.asarray(bits)))
+        key = jax.random.wrap_key_data(jnp.asarray(bits), impl=jax.random.key_impl(key))
+        state = TrainState(variables, opt_state, key)
         history, losses, earlier = about["history"], about["losses"], about["seconds"]
     state = devices.replicate(state)
     step = None
@@ -185,8 +186,9 @@ def train(
             history.append(record)
             losses, earlier = [], 0.0
             save(0.0)
-            shown = [f"{k} {record[k]:.3f}" for k in ("loss", "acc", "asr") if record.get(k)]
-            advance(0, " ".join(shown))
+            shown = ("loss", "acc", "asr")
+            values = [f"{k} {record[k]:.3f}" for k in shown if record.get(k) is not None]
+            advance(0, " ".join(values))
     return jax.tree.map(np.asarray, devices.one(state.variables)), history
 
 

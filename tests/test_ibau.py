@@ -209,7 +209,7 @@ def test_ascent_stays_in_the_ball_and_raises_the_loss(linear, norm, optimizer):
     )
     batches, _ = make_batches(clean, config)
     delta, _ = make_ascent(logits, config)(params, batches, 0)
-    assert 0 < config.size(delta) <= 0.5 + 1e-6
+    assert 0 < config.ball.size(delta) <= 0.5 + 1e-6
     loss = make_loss(logits, config)
     whole = jax.tree.map(lambda a: a[0], batches)._replace(patched=jnp.ones(8))
     assert loss(delta, params, whole) > loss(0 * delta, params, whole)
@@ -220,9 +220,9 @@ def test_projection(norm, radius, seed):
     config = replace(SMALL, norm=norm, radius=radius)
     delta = np.random.default_rng(seed).normal(size=(4, 4, 1)).astype(np.float32)
     inside = config.ball.project(delta)
-    assert config.size(inside) <= radius * (1 + 1e-5)
+    assert config.ball.size(inside) <= radius * (1 + 1e-5)
     np.testing.assert_allclose(config.ball.project(inside), inside, rtol=1e-5)
-    if config.size(delta) <= radius:
+    if config.ball.size(delta) <= radius:
         np.testing.assert_array_equal(inside, delta)
     assert not np.asarray(config.ball.project(jnp.zeros(3))).any()
 

@@ -66,25 +66,18 @@ def ours(settings: Settings, variables, clean) -> tuple[dict, float, float]:
 def pytorch(settings: Settings, clean) -> tuple[dict, float, float]:
     """The round in PyTorch; parameters come back in our layout."""
     import torch
-    from torch import nn
     from torch.autograd import grad
     from torch.nn.functional import cross_entropy
+    from torch_vgg import logits, torch_vgg
 
-    layers, inputs = [], 3
-    for width in (32, 64, 128):
-        for _ in range(2):
-            layers += [nn.Conv2d(inputs, width, 3, padding=1), nn.BatchNorm2d(width), nn.ELU()]
-            inputs = width
-        layers += [nn.MaxPool2d(2), nn.Dropout(0.3)]
-    parts = {"features": nn.Sequential(*layers), "classifier": nn.Linear(2048, 10)}
-    modules = nn.ModuleDict(parts)
+    modules = torch_vgg(inplace=False)  # as its rows were measured
     content = torch.load(settings.checkpoint, map_location="cpu", weights_only=True)
     modules.load_state_dict(content["net"])
     modules.eval()
     params = list(modules.parameters())
 
     def model(x):
-        return modules["classifier"](modules["features"](x).flatten(1))
+        return logits(modules, x)
 
     x = torch.from_numpy(np.asarray(clean.images).transpose(0, 3, 1, 2).copy())
     y = torch.from_numpy(np.asarray(clean.labels).astype(np.int64))

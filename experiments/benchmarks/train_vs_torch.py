@@ -61,17 +61,10 @@ def ours(settings: Settings, images: np.ndarray, labels: np.ndarray) -> Callable
 
 def pytorch(settings: Settings, images: np.ndarray, labels: np.ndarray) -> Callable[[int], None]:
     import torch
-    from torch import nn
+    from torch_vgg import logits, torch_vgg
 
-    layers, channels = [], 3
-    for width, rate in ((32, 0.3), (64, 0.4), (128, 0.4)):
-        for _ in range(2):
-            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width)]
-            layers += [nn.ELU(inplace=True)]
-            channels = width
-        layers += [nn.MaxPool2d(2), nn.Dropout(rate)]
-    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(2048, 10))
-    optimizer, loss_of = torch.optim.Adam(model.parameters(), 0.05), nn.CrossEntropyLoss()
+    model = torch_vgg()
+    optimizer, loss_of = torch.optim.Adam(model.parameters(), 0.05), torch.nn.CrossEntropyLoss()
     x = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
     y = torch.from_numpy(labels).long()
     size = settings.batch_size
@@ -79,7 +72,7 @@ def pytorch(settings: Settings, images: np.ndarray, labels: np.ndarray) -> Calla
     def run(i: int) -> None:
         start = i * size % len(y)
         optimizer.zero_grad()
-        loss = loss_of(model(x[start : start + size]), y[start : start + size])
+        loss = loss_of(logits(model, x[start : start + size]), y[start : start + size])
         loss.backward()
         optimizer.step()
         loss.item()
