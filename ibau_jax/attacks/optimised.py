@@ -92,7 +92,8 @@ def l0_trigger(
 ) -> Trigger:
     """l0-norm invisible trigger: a few saturated pixels that replace the image's own.
 
-    The objective is that of `l2_trigger`. With `place` `free`, half of the pixels is let go
+    The objective is the target's logit above the mean of all: the few anchors of `l2_trigger` may
+    lie where pixels at the border do not reach. With `place` `free`, half of the pixels is let go
     again and again, those first whose value matters least (|gradient * change|, summed over
     channels, as in Carlini and Wagner's l0 attack). In the end each channel becomes 0 or 1, by
     the sign of its gradient.
@@ -109,11 +110,10 @@ def l0_trigger(
     height, width, channels = clean.shape[1:]
     if not 1 <= pixels <= (width if place == "bottom-row" else height * width):
         raise InputError(f"an l0 trigger of {pixels} pixels does not fit: expected fewer")
-    anchors = jnp.argsort(-network.weights[:, target])[:5]
 
     def loss(pattern, mask):
-        stamped = clean * (1 - mask) + pattern * mask
-        return -jnp.mean(jnp.sum(network.features(stamped)[:, anchors], -1))
+        logits = network.logits(clean * (1 - mask) + pattern * mask)
+        return jnp.mean(logits - logits[:, target : target + 1])
 
     @jax.jit
     def fit(pattern, mask):
