@@ -54,6 +54,7 @@ def render(rows: list[Row], pictures: Pictures | None) -> str:
         "<h2>Rounds</h2>",
         f"<img class=plot alt='ACC and ASR over rounds' src='{_curve(rows)}'>",
         _table(rows),
+        _by_attack(before, after),
     ]
     if pictures is not None:
         parts += [_perturbations(rows, pictures), _predictions(after, pictures)]
@@ -98,6 +99,19 @@ def _table(rows: list[Row]) -> str:
         cells += [text(row.get("seconds"), 1)]
         body.append("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in cells) + "</tr>")
     return f"<table><tr>{head}</tr>{''.join(body)}</table>"
+
+
+def _by_attack(before: Row, after: Row) -> str:
+    """The ASR of each attack, where there are several."""
+    if not after.get("by_attack"):
+        return ""
+    body = "".join(
+        f"<tr><td>{html.escape(name)}</td><td>{text(before['by_attack'][name])}</td>"
+        f"<td>{text(asr)}</td></tr>"
+        for name, asr in after["by_attack"].items()
+    )
+    head = "<tr><th>ASR of each attack</th><th>before</th><th>after</th></tr>"
+    return f"<table>{head}{body}</table>"
 
 
 def _curve(rows: list[Row]) -> str:

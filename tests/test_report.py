@@ -21,7 +21,7 @@ from ibau_jax.report import (
     write_pictures,
     write_rows,
 )
-from ibau_jax.report_html import write_report
+from ibau_jax.report_html import render, write_report
 
 
 def row(round_, **values):
@@ -104,6 +104,13 @@ def test_html_is_self_contained_and_escaped(folder):
     assert "<badnets>" not in page and "&lt;badnets&gt;" in page
     assert "0.990 &rarr; 0.970" in page and "the true trigger" in page
     assert page.count("<figure>") == 1 + 1 + 6  # trigger, one round, six images
+
+
+def test_html_shows_each_of_several_attacks():
+    rows = [dict(r, by_attack={"l2": r["asr"], "<b>": 0.5}) for r in ROWS_OF_A_RUN]
+    page = render(rows, None)
+    assert "<td>l2</td><td>1.000</td><td>0.125</td>" in page and "&lt;b&gt;" in page
+    assert "each attack" not in render(ROWS_OF_A_RUN, None)
 
 
 def chromium(*arguments):
