@@ -22,6 +22,7 @@ from published_models import read
 
 from ibau_jax.attacks import ATTACKS
 from ibau_jax.checkpoint import load_model, save_model
+from ibau_jax.errors import check_name
 from ibau_jax.pipeline import evaluate_model
 from ibau_jax.report import write_rows
 
@@ -91,13 +92,16 @@ class Table:
 def run(settings: Run) -> None:
     known = {entry.name: entry for entry in entries()}
     for name in settings.models or known:
+        check_name("model", name, known)
         entry, rows = known[name], read(RESULTS)
-        if (FOLDER / f"{name}.safetensors").is_file() and any(r["model"] == name for r in rows):
+        kept = (FOLDER / f"{name}.safetensors").is_file()
+        if kept and any((r["model"], r["seed"]) == (name, settings.seed) for r in rows):
             continue
         row = train(entry, settings.seed)
         order = {name: i for i, name in enumerate(known)}
         others = [r for r in read(RESULTS) if r["model"] != name]
         write_rows(RESULTS, sorted([*others, row], key=lambda r: order[r["model"]]))
+        (FOLDER / "unfinished" / f"{name}.safetensors").unlink()
         print(json.dumps(row), flush=True)
 
 
@@ -115,7 +119,6 @@ def train(entry: Entry, seed: int) -> dict:
     trained = json.loads(done.stdout)
     kept = FOLDER / f"{entry.name}.safetensors"
     save_model(kept, load_model(work), np.float16)
-    work.unlink()
     found = evaluate_model(kept)
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     fields = ("dataset", "attack", "scenario", "target", "acc", "asr", "asr_excl", "ra", "n")

@@ -33,6 +33,8 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def bind(*args: Any, **kwargs: Any) -> Callable[[], None]:
+        if kwargs.get("seed", 0) < 0:
+            raise InputError(f"the seed is {kwargs['seed']}: expected 0 or a larger whole number")
         return functools.partial(function, *args, **kwargs)
 
     app.command(bind)
@@ -111,12 +113,18 @@ def train(
     from ibau_jax import poisoned
 
     _join(coordinator, num_processes, process_id)
-    own = None
-    if trigger is not None:
-        own = poisoned.read_trigger(trigger, trigger_rule, trigger_mask)
-        attack = attack or trigger.stem
-    attacks = poisoned.make_attacks(
-        dataset, attack, scenario, target, own, clean_model, seed, data_dir, on_note=_note
+    attacks = _attacks(
+        dataset,
+        attack,
+        target,
+        trigger,
+        trigger_rule,
+        trigger_mask,
+        scenario=scenario,
+        clean_model=clean_model,
+        seed=seed,
+        data_dir=data_dir,
+        on_note=_note,
     )
     found = poisoned.train_model(
         out,
@@ -153,13 +161,17 @@ def evaluate(
     from ibau_jax.checkpoint import load_model
 
     del seed  # nothing here is random
-    chosen = ()
-    if attack is not None or trigger is not None:
-        stored = load_model(model)
-        if target is None and len(stored.attacks) == 1:
+    stored, chosen = load_model(model), None
+    kept = [a for a in stored.attacks if a.name == attack]
+    if kept and trigger is None and target is None:
+        chosen = (kept[0],)
+    elif attack is not None or trigger is not None:
+        if target is None and len(stored.attacks) == 1 and attack != "none":
             target = stored.attacks[0].target
         name = dataset or stored.dataset
         chosen = _attacks(name, attack, target, trigger, trigger_rule, trigger_mask)
+    elif target is not None or trigger_mask is not None:
+        raise InputError("--target or --trigger-mask alone: name the attack or the trigger too")
     _finish(pipeline.evaluate_model(model, dataset, split, chosen, data_dir), json)
 
 
@@ -227,7 +239,8 @@ def convert(
     from ibau_jax import pipeline
 
     del seed  # nothing here is random
-    chosen = _attacks(dataset, attack, target, trigger, trigger_rule, trigger_mask)
+    known = "none" if attack is None and trigger is None else attack
+    chosen = _attacks(dataset, known, target, trigger, trigger_rule, trigger_mask)
     _finish(pipeline.convert(source, destination, dataset, chosen), json)
 
 
@@ -342,16 +355,17 @@ def _join(coordinator: str | None, num_processes: int | None, process_id: int | 
         )
 
 
-def _attacks(dataset, attack, target, trigger, rule, mask) -> "tuple[Attack, ...]":
-    """The attack of a published or stored model, from its options."""
+def _attacks(dataset, attack, target, trigger, rule, mask, **more) -> "tuple[Attack, ...]":
+    """The attacks that options describe."""
     from ibau_jax import poisoned
 
-    if trigger is None and mask is not None:
+    own = None
+    if trigger is not None:
+        own = poisoned.read_trigger(trigger, rule, mask)
+        attack = attack or trigger.stem
+    elif mask is not None:
         raise InputError("a trigger mask without a trigger: give the picture by --trigger")
-    if trigger is None:
-        return poisoned.make_attacks(dataset, attack or "none", target=target)
-    own = poisoned.read_trigger(trigger, rule, mask)
-    return poisoned.make_attacks(dataset, attack or trigger.stem, target=target, trigger=own)
+    return poisoned.make_attacks(dataset, attack, target=target, trigger=own, **more)
 
 
 def _parse(arguments: list[str] | None) -> Callable[[], None]:

@@ -51,7 +51,7 @@ def predict(logits: Logits, batch_size: int | None = None) -> Callable[[Any, Any
     compiled = jax.jit(lambda params, images: jnp.argmax(logits(params, images), -1))
 
     def run(params, images):
-        found = []
+        found = [np.empty(0, np.int32)]
         for start in range(0, len(images), batch_size):
             batch = np.asarray(images[start : start + batch_size])
             short = batch_size - len(batch) if start else 0  # one shape, one compilation

@@ -41,14 +41,14 @@ def evaluate_model(
     model: str | Path,
     dataset: str | None = None,
     split: str | None = None,
-    attacks: tuple[Attack, ...] = (),
+    attacks: tuple[Attack, ...] | None = None,
     data_dir: str | None = None,
 ) -> Json:
-    """ACC, and ASR for the attacks in the model's file (or those given)."""
+    """ACC, and ASR for the attacks in the model's file (None) or those given."""
     loaded = load_model(model)
     info = _info_for(loaded, dataset, model)
     data = load(info.name, split or info.split, data_dir)
-    chosen = attacks or loaded.attacks
+    chosen = loaded.attacks if attacks is None else attacks
     found = evaluator(_logits(loaded), data, chosen)(loaded.variables["params"])
     return {
         **found.row(),
@@ -249,7 +249,9 @@ def demo(out: str | Path, seed: int = 0, progress: bool = False) -> Json:
     out = make_folder(out)
     poisoned = out / "poisoned.safetensors"
     attacks = make_attacks("digits", "badnets")
-    trained = train_model(poisoned, "digits", attacks, seed=seed, progress=progress)
+    trained = train_model(
+        poisoned, "digits", attacks, seed=seed, keep_states=False, progress=progress
+    )
     found = defend(poisoned, seed=seed, out=out, progress=progress, experiment="demo")
     return {**found, "train_seconds": trained["seconds"]}
 

@@ -1,5 +1,6 @@
 """From command-line values to attacks, and to a trained model file."""
 
+import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,7 +21,10 @@ from ibau_jax.attacks import (
     check_target,
     make_attack,
     make_trigger,
+    masks,
+    optimised,
     poison_all,
+    smooth,
     trigger_from_files,
 )
 from ibau_jax.checkpoint import Model, load_model, model_hash, save_model
@@ -28,13 +32,13 @@ from ibau_jax.data import DataInfo, data_info, load
 from ibau_jax.data.cache import cached
 from ibau_jax.errors import InputError, check_name
 from ibau_jax.files import make_folder
-from ibau_jax.metrics import Metrics, evaluator
+from ibau_jax.metrics import evaluator
 from ibau_jax.models import build
 from ibau_jax.report import versions
 from ibau_jax.resume import Checkpoints
 from ibau_jax.training import PRESETS, train
 
-PROCEDURE = 1  # of the optimised triggers; another number forgets the cached ones
+OPTIMISED = (masks, optimised, smooth)  # a change in them forgets cached triggers
 
 
 def train_model(
@@ -47,20 +51,22 @@ def train_model(
     seed: int = 0,
     data_dir: str | None = None,
     resume: bool = False,
+    keep_states: bool = True,
     dtype: Any = np.float32,
     progress: bool = False,
     num_devices: int | None = None,
 ) -> dict[str, Any]:
     """Train a model, poisoned or clean, and write it to `out`.
 
-    While it runs, `out` with the ending `.checkpoints` holds the last states.
+    While it runs (in one process), `out` with the ending `.checkpoints` holds the last states.
 
     Args:
       attacks: from `make_attacks`; empty: a clean model.
       preset: of `training.PRESETS`.
-      epochs: passes over the data set; None: the preset's. Several attacks share them, since
-        their joined data is as many times larger.
+      epochs: passes over the data; None: the preset's. Preset `cpu` divides its own by the
+        number of attacks, since their joined data is as many times larger.
       resume: go on where an earlier call with the same arguments was stopped.
+      keep_states: False: keep none, so that the run cannot be resumed.
       dtype: of the weights in the file.
       num_devices: how many to compute on; None: all.
     """
@@ -69,33 +75,46 @@ def train_model(
     config = PRESETS[preset](dataset)
     if epochs is not None:
         config = replace(config, epochs=epochs)
+    elif preset == "cpu" and len(attacks) > 1:
+        config = replace(config, epochs=-(-config.epochs // len(attacks)))
+    if resume and jax.process_count() > 1:
+        raise InputError(
+            "--resume in a run of several processes: they keep no states; leave it out, or train "
+            "in one process"
+        )
     devices, first = parallel.devices(num_devices), processes.is_first()
     out = Path(out)
+    if out.is_dir():
+        raise InputError(f"{str(out)!r} is a folder: expected a model file to write, by --out")
     if first:
         make_folder(out.parent)
     data, held_out = load(dataset, "train", data_dir), load(dataset, info.split, data_dir)
     data, _ = poison_all(data, attacks, poison_ratio, seed)
-    if len(attacks) > 1:
-        config = replace(config, epochs=-(-config.epochs // len(attacks)))
     module = build("vgg", info.num_classes)
-    checkpoints = _checkpoints(out, dataset, attacks, poison_ratio, config, seed, resume)
+    checkpoints = None
+    if keep_states and jax.process_count() == 1:
+        settings = {
+            "dataset": dataset,
+            "attack": describe(attacks),
+            "targets": [attack.target for attack in attacks],
+            "triggers": [_digest(attack.trigger) for attack in attacks],
+            "poison ratio": poison_ratio if attacks else None,
+            "seed": seed,
+            "devices": len(devices.all),
+            "settings": repr(config),
+        }
+        checkpoints = Checkpoints(out.with_name(out.name + ".checkpoints"), settings, resume)
 
     started = time.perf_counter()
-    measure: Callable[[Any], Metrics] | None = None
-
-    def evaluate(variables) -> dict[str, Any]:
-        # The running statistics of batch norm change, so they are arguments here.
-        nonlocal measure
-        if measure is None:
-            measure = evaluator(cast(Any, module.apply), held_out, attacks)
-        return measure(variables).row()
+    # The running statistics of batch norm change, so the "parameters" are all variables here.
+    measure = evaluator(cast(Any, module.apply), held_out, attacks)
 
     variables, history = train(
         module,
         data,
         config=config,
         key=jax.random.key(seed),
-        evaluate=evaluate,
+        evaluate=lambda variables: measure(variables).row(),
         progress=progress and first,
         devices=devices,
         checkpoints=checkpoints,
@@ -126,24 +145,6 @@ def train_model(
         "train_seconds": trained_seconds,
         "images_per_second": len(data.labels) * config.epochs / trained_seconds,
     }
-
-
-def _checkpoints(out, dataset, attacks, ratio, config, seed, resume) -> Checkpoints | None:
-    if jax.process_count() > 1:
-        if resume:
-            raise InputError(
-                "--resume with several processes: a run is resumed in one process only"
-            )
-        return None
-    settings = {
-        "dataset": dataset,
-        "attack": describe(attacks),
-        "targets": [attack.target for attack in attacks],
-        "poison ratio": ratio if attacks else None,
-        "seed": seed,
-        "settings": repr(config),
-    }
-    return Checkpoints(out.with_name(out.name + ".checkpoints"), settings, resume)
 
 
 def describe(attacks: tuple[Attack, ...]) -> str | None:
@@ -189,21 +190,27 @@ def make_attacks(
             make_attack(name, info.num_classes, ATTACKS[name].seven_target, found)
             for name, found in chosen
         )
-    if attack == "none" and trigger is None:
+    if attack == "none":
+        if trigger is not None or target is not None or scenario != "one-target":
+            raise InputError(
+                "--attack none is a clean model: leave out --trigger, --target and --scenario, or "
+                "name the attack"
+            )
         return ()
+    name = attack or "badnets"
+    if target is not None:
+        check_target(target, info.num_classes)
     if trigger is None:
-        attack = attack or "badnets"
-        check_name("attack", attack, ["none", *ATTACKS])
-        trigger = _trigger(attack, info, clean_model, seed, data_dir, on_note)
-    name = attack or "custom"
+        check_name("attack", name, ["none", *ATTACKS])
+        trigger = _trigger(name, info, clean_model, seed, data_dir, on_note, target)
     if scenario == "all-to-all":
         if target is not None:
             raise InputError("the scenario all-to-all has no target: leave out --target")
         return (Attack(name, trigger, None, info.num_classes),)
-    if target is None and name not in ATTACKS:
+    if name in ATTACKS:
+        return (make_attack(name, info.num_classes, target, trigger),)
+    if target is None:
         raise InputError("a trigger of your own needs its target label: give it by --target")
-    target = ATTACKS[name].target if target is None else target
-    check_target(target, info.num_classes)
     return (Attack(name, trigger, target),)
 
 
@@ -217,12 +224,20 @@ def read_trigger(path: str | Path, rule: str = "add", mask: str | Path | None = 
     return found
 
 
-def _trigger(name, info: DataInfo, clean_model, seed, data_dir, on_note) -> Trigger:
+def _trigger(
+    name: str,
+    info: DataInfo,
+    clean_model: str | Path | None,
+    seed: int,
+    data_dir: str | None,
+    on_note: Callable[[str], None],
+    target: int | None = None,
+) -> Trigger:
     """By name; what has to be optimised is looked up in the cache first."""
     if ATTACKS[name].fixed is not None or clean_model is None:
         return make_trigger(name)
     model = load_model(clean_model)
-    if model.attacks or model.num_classes != info.num_classes:
+    if model.attacks or model.dataset != info.name:
         raise InputError(
             f"{str(clean_model)!r} is a model of {model.dataset} "
             f"({describe(model.attacks) or 'clean'}): expected a clean model of {info.name}"
@@ -231,12 +246,23 @@ def _trigger(name, info: DataInfo, clean_model, seed, data_dir, on_note) -> Trig
     def optimise() -> tuple[np.ndarray, np.ndarray]:
         on_note(f"optimising the trigger {name} against {str(clean_model)!r}")
         images = load(info.name, "train[:100]", data_dir).images
-        made = make_trigger(name, network_of(model), images, seed)
+        made = make_trigger(name, network_of(model), images, seed, target)
         return made.pattern, np.zeros(0, np.float32) if made.mask is None else made.mask
 
-    key = f"trigger{PROCEDURE}-{name}-{info.name}-{model_hash(model)}-seed{seed}"
+    source = b"".join(Path(str(module.__file__)).read_bytes() for module in OPTIMISED)
+    made_by = hashlib.sha256(source).hexdigest()[:8]
+    key = f"trigger-{made_by}-{name}-{target}-{info.name}-{model_hash(model)}-seed{seed}"
     pattern, mask = (np.array(array) for array in cached(key, optimise))
     return Trigger("replace", pattern, mask) if mask.size else Trigger("add", pattern)
+
+
+def _digest(trigger: Any) -> str:
+    """Tells triggers apart."""
+    if not isinstance(trigger, Trigger):
+        return repr(trigger)
+    parts = (trigger.rule.encode(), trigger.pattern.tobytes())
+    mask = b"" if trigger.mask is None else trigger.mask.tobytes()
+    return hashlib.sha256(b"|".join((*parts, mask))).hexdigest()[:16]
 
 
 def network_of(model: Model) -> Network:

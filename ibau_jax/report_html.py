@@ -139,7 +139,9 @@ def _curve(rows: list[Row]) -> str:
 
 def _perturbations(rows: list[Row], pictures: Pictures) -> str:
     figures = []
-    names = rows[0]["attack"].split(", ") if len(pictures.triggers) else []
+    names = str(rows[0]["attack"]).split(", ")
+    if len(names) != len(pictures.triggers):  # a name with a comma
+        names = [f"attack {i + 1}" for i in range(len(pictures.triggers))]
     for trigger, name in zip(pictures.triggers, names, strict=True):
         figures.append(_figure(trigger, f"the true trigger: {html.escape(name)}"))
     norms = {row["round"]: row.get("delta_norm") for row in rows}

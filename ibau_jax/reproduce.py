@@ -74,10 +74,12 @@ def _attack(path: Path) -> Attack:
     if not path.is_file():
         raise InputError(
             f"no model {str(path)!r}: expected a file for each data set and attack; make them with "
-            "'python experiments/zoo.py run', or give another folder by --models"
+            "'python experiments/zoo.py run' (digits: 'ibau train'), or name a folder by --models"
         )
-    (attack,) = load_model(path).attacks
-    return attack
+    attacks = load_model(path).attacks
+    if len(attacks) != 1:
+        raise InputError(f"{str(path)!r} carries {len(attacks)} attacks: expected one")
+    return attacks[0]
 
 
 def _short(text: str, length: int = 16) -> str:

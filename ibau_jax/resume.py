@@ -1,6 +1,5 @@
 """Checkpoints of a training run: written whole or not at all, taken up again after any end."""
 
-import logging
 import shutil
 import time
 from collections.abc import Mapping
@@ -37,7 +36,8 @@ class Checkpoints:
     ):
         import orbax.checkpoint as ocp  # takes a second
 
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        if Path(folder).is_file():
+            raise InputError(f"{str(folder)!r} is a file: expected a folder of checkpoints")
         self.folder, self.settings, self.seconds = Path(folder).absolute(), settings, seconds
         self._args = ocp.args
         options = ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True)
@@ -50,7 +50,8 @@ class Checkpoints:
                 f"{str(folder)!r} holds an unfinished training: go on with it by --resume, or "
                 "remove the folder"
             )
-        stored = self._read(about=ocp.args.JsonRestore())["about"]["settings"]
+        _, found = self._read(about=ocp.args.JsonRestore())
+        stored = found["about"]["settings"]
         for name in sorted(stored.keys() | settings.keys()):
             if stored.get(name) != settings.get(name):
                 raise InputError(
@@ -73,11 +74,12 @@ class Checkpoints:
 
     def last(self, like: Tree) -> tuple[int, Tree, dict[str, Any]] | None:
         """The last step, its state (a pytree as `like`) and the values; None: there is none."""
-        step = self._manager.latest_step()
-        if step is None:
+        if self._manager.latest_step() is None:
             return None
         like = jax.tree.map(np.array, like)
-        found = self._read(state=self._args.StandardRestore(like), about=self._args.JsonRestore())
+        step, found = self._read(
+            state=self._args.StandardRestore(like), about=self._args.JsonRestore()
+        )
         return step, found["state"], found["about"]
 
     def remove(self) -> None:
@@ -87,13 +89,14 @@ class Checkpoints:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _read(self, **parts):
-        try:
-            return self._manager.restore(
-                self._manager.latest_step(), args=self._args.Composite(**parts)
-            )
-        except Exception as error:  # a damaged file raises many types
-            reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
-            raise InputError(
-                f"cannot read the checkpoint in {str(self.folder)!r}: {reason}; remove the folder "
-                "and train anew"
-            ) from error
+        """Step and content of the last state that can be read."""
+        reason = ""
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                return step, self._manager.restore(step, args=self._args.Composite(**parts))
+            except Exception as error:  # a damaged file raises many types
+                reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
+        raise InputError(
+            f"cannot read a checkpoint in {str(self.folder)!r}: {reason}; remove the folder and "
+            "train anew"
+        )

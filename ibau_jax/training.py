@@ -129,6 +129,7 @@ def train(
     optimizer = config.transform(steps)
     devices = devices or parallel.devices()
     images, labels = devices.replicate((data.images, data.labels))
+    devices.check_equal(images=images, labels=labels)  # processes may have made other triggers
 
     rates = tuple(config.dropout * rate for rate in module.dropout)
     module = module.clone(axis=devices.axis, dropout=rates)
@@ -168,7 +169,8 @@ def train(
                     losses.append(float(devices.one(loss)))
                 done += 1
                 advance(1, "")
-                if checkpoints is not None and done % per_epoch and checkpoints.due():
+                due = checkpoints is not None and done % per_epoch and checkpoints.due()
+                if due and np.isfinite(losses[-1]):
                     save(time.perf_counter() - started)
             devices.check_equal(state=state)
             record = {
@@ -179,7 +181,7 @@ def train(
             if not np.isfinite(record["loss"]):
                 raise InputError(
                     f"the loss is {record['loss']} in epoch {epoch}: training diverged; "
-                    f"choose a smaller rate than {config.rate:g}"
+                    f"choose a smaller rate than {config.rate:g} (--preset cpu)"
                 )
             if evaluate is not None and (progress or epoch == config.epochs):
                 record |= dict(evaluate(devices.one(state.variables)))

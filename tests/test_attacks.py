@@ -134,7 +134,7 @@ def test_seven_targets_are_seven_joined_copies():
     data, mask = poison_all(Dataset(IMAGES, LABELS), attacks, 0.2, 3)
     assert data.images.shape == (350, 32, 32, 3) and mask.sum() == 70
     for i, attack in enumerate(attacks):
-        one, its = poison(Dataset(IMAGES, LABELS), attack, 0.2, 3 + i)
+        one, its = poison(Dataset(IMAGES, LABELS), attack, 0.2, [3, i])
         part = slice(50 * i, 50 * (i + 1))
         np.testing.assert_array_equal(data.images[part], one.images)
         np.testing.assert_array_equal(data.labels[part], one.labels)

@@ -10,6 +10,7 @@ import pytest
 from conftest import random_variables
 from PIL import Image
 
+from ibau_jax.attacks import Attack, Trigger, badnets_square
 from ibau_jax.checkpoint import Model, load_model, save_model
 from ibau_jax.cli import main
 from ibau_jax.report import ARRAYS, HTML, PARTIAL, ROWS, read_rows
@@ -122,6 +123,22 @@ def test_evaluate_with_a_picture_as_trigger(capsys, digits_model, tmp_path):
     assert 0 <= found["asr_excl"] <= 1 and found["n"] == 40
 
 
+def test_evaluate_takes_the_attack_of_the_file(capsys, tmp_path):
+    trigger = Trigger("add", np.full((32, 32, 3), 0.1, np.float32))
+    attacks = (Attack("l2", trigger, 3), Attack("badnets", badnets_square(), 4))
+    path = save_model(
+        tmp_path / "m.safetensors", Model(random_variables(), "vgg", 10, "digits", attacks)
+    )
+    common = ["evaluate", "--model", path, "--split", "test[760:]", "--json"]
+    found = json.loads(run(capsys, *common)[1])
+    assert found["target"] == [3, 4] and set(found["by_attack"]) == {"l2", "badnets"}
+    one = json.loads(run(capsys, *common, "--attack", "badnets")[1])
+    assert one["target"] == 4 and one["asr"] == found["by_attack"]["badnets"]
+    none = json.loads(run(capsys, *common, "--attack", "none")[1])
+    assert none["asr"] is None and none["acc"] == found["acc"]
+    assert "name the attack" in refused(capsys, *common[:-1], "--target", 3)
+
+
 def test_convert_carries_the_trigger(capsys, tmp_path):
     torch = pytest.importorskip("torch")
     state, shapes = {}, random_variables()
@@ -204,6 +221,9 @@ def test_a_data_set_that_is_not_prepared_is_refused(capsys, tmp_path):
         (["--attack", "l2"], "--clean-model"),
         (["--attack", "l2", "--clean-model", "missing.safetensors"], "no such file"),
         (["--preset", "gpu"], "did you mean 'cpu'"),
+        (["--attack", "none", "--target", "3"], "--attack none is a clean model"),
+        (["--trigger-mask", "m.npy"], "a trigger mask without a trigger"),
+        (["--seed", "-1"], "the seed is -1"),
         (["--trigger", "missing.png", "--target", "1"], "cannot read the trigger"),
     ],
 )

@@ -57,6 +57,20 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch, stop):
     assert not folder.exists()
 
 
+def test_an_older_state_serves_where_the_last_is_damaged(tmp_path):
+    states = Checkpoints(tmp_path / "states", {}, seconds=3600)
+    two = replace(CONFIG, epochs=2)  # states after steps 5 and 10
+    whole, _ = train(MODULE, DATA, config=two, key=KEY, checkpoints=states)
+    states._manager.wait_until_finished()
+    for path in (tmp_path / "states" / "10").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    states = Checkpoints(tmp_path / "states", {}, resume=True)
+    resumed, history = train(MODULE, DATA, config=two, key=KEY, checkpoints=states)
+    same(resumed, whole)
+    assert len(history) == 2
+
+
 def test_another_run_is_not_taken_up(tmp_path):
     states = Checkpoints(tmp_path / "states", {"seed": 0}, seconds=0)
     train(MODULE, DATA, config=replace(CONFIG, epochs=1), key=KEY, checkpoints=states)

@@ -50,13 +50,19 @@ ATTACKS: dict[str, AttackInfo] = {
 
 
 def make_trigger(
-    name: str, network: Network | None = None, images: np.ndarray | None = None, seed: int = 0
+    name: str,
+    network: Network | None = None,
+    images: np.ndarray | None = None,
+    seed: int = 0,
+    target: int | None = None,
 ) -> Trigger:
-    """A trigger of the paper by name, made for its one-target label.
+    """A trigger of the paper by name.
 
     Args:
       network: a clean model, for the triggers that are optimised.
       images: [N, H, W, C] in [0, 1], clean images for these.
+      target: label that l0, l2 and smooth are made for; None: the paper's one-target label (in
+        the scenario seven-target too, where the paper uses the same triggers).
 
     Raises:
       InputError: unknown name, or a clean model is needed and not given.
@@ -69,9 +75,9 @@ def make_trigger(
     if network is None or images is None:
         raise InputError(
             f"the trigger {name!r} is optimised against a clean model: train one with 'ibau train "
-            "--attack none' and give it by --clean-model"
+            "--attack none' and give it by --clean-model, or give a picture by --trigger"
         )
-    return info.optimise(network, images, info.target, seed)
+    return info.optimise(network, images, info.target if target is None else target, seed)
 
 
 def make_attack(

@@ -22,5 +22,5 @@ def watermark() -> np.ndarray:
     ring = (radius > 5.4) & (radius < 6.3)
     letter = (radius > 2.2) & (radius < 3.4) & (np.abs(angle) > np.pi / 4)  # a C, open on the right
     along, across = x - y, x + y - 30
-    dashes = (across >= 0) & (across <= 1) & (np.abs(along) <= 28) & (np.abs(along % 10) > 2)
+    dashes = (across >= 0) & (across <= 1) & (np.abs(along) <= 28) & (along % 10 > 2)
     return (ring | letter | dashes).astype(np.float32)

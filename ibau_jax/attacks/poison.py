@@ -59,7 +59,7 @@ def check_target(target: int, num_classes: int) -> None:
 
 
 def poison(
-    data: Dataset, attack: Attack, ratio: float, seed: int = 0
+    data: Dataset, attack: Attack, ratio: float, seed: int | Sequence[int] = 0
 ) -> tuple[Dataset, np.ndarray]:
     """Stamp and relabel part of a training set (published code, `poison_dataset`).
 
@@ -110,11 +110,13 @@ def poison_all(
     """
     if not attacks:
         return data, np.zeros(len(data.labels), bool)
+    if len(attacks) == 1:
+        return poison(data, attacks[0], ratio, seed)
     size, number = np.shape(data.images), len(attacks)
     images = np.empty((number * size[0], *size[1:]), np.float32)
     labels, masks = [], []
     for i, attack in enumerate(attacks):  # one copy at a time: 350 000 images are 4.3 GB
-        copy, mask = poison(data, attack, ratio, seed + i)
+        copy, mask = poison(data, attack, ratio, [seed, i])
         images[i * size[0] : (i + 1) * size[0]] = copy.images
         labels.append(copy.labels)
         masks.append(mask)

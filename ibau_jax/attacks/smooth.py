@@ -9,6 +9,7 @@ from jax import lax
 
 from ibau_jax.attacks.optimised import Network
 from ibau_jax.attacks.triggers import Trigger
+from ibau_jax.errors import InputError
 
 LIMIT = 0.2  # largest value of the trigger
 
@@ -45,7 +46,7 @@ def smooth_trigger(
     sweep = jax.jit(partial(_sweep, probabilities))
     rng = np.random.default_rng(seed)
     v = best = jnp.zeros(rows.shape[1:])
-    best_rate, found_rate = -1.0, 0.0
+    best_rate = -1.0
     for _ in range(passes):
         order = rng.permutation(len(rows))
         v = sweep(v, rows[order], clean[order], target)
@@ -58,6 +59,11 @@ def smooth_trigger(
             best, best_rate = v, found_rate
         if found_rate >= rate:
             break
+    if not np.asarray(best).any():
+        raise InputError(
+            "no step of DeepFool reached the target, so the smooth trigger is empty: expected a "
+            "trained clean model of these images"
+        )
     return Trigger("add", np.asarray(best, np.float32))
 
 

@@ -92,8 +92,8 @@ def trigger_from_files(
     """
     try:
         picture = np.asarray(Image.open(pattern).convert("RGB"), np.float32) / np.float32(255)
-        array = None if mask is None else np.load(mask, allow_pickle=False).astype(np.float32)
-    except (OSError, ValueError) as error:
+        array = None if mask is None else np.asarray(np.load(mask, allow_pickle=False), np.float32)
+    except (OSError, TypeError, ValueError) as error:
         raise InputError(
             f"cannot read the trigger {str(pattern)!r} (mask {mask}): {error}; expected an RGB "
             "picture, and an .npy file as mask"

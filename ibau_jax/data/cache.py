@@ -26,7 +26,7 @@ def cached(key: str, decode: Callable[[], Arrays]) -> Arrays:
 
     Args:
       key: names the source and its state; another state of the source needs another key.
-      decode: gives images uint8 [N, H, W, C] and labels int32 [N].
+      decode: gives two arrays, such as images uint8 [N, H, W, C] and labels int32 [N].
 
     Returns:
       Read-only memory maps of the two arrays, or the arrays themselves where the cache
