@@ -9,13 +9,12 @@ there already. A series or a solve that diverges is used as it is (`keep_diverge
 table shows the solver and not its fallback; how many did is in the table.
 """
 
-import sys
 import tempfile
 import time
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -46,7 +45,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Run:
-    """Fill the grid, seed by seed."""
+    """Which cells."""
 
     reference: Path
     """Folder of the published models (checkpoints/, triggers/)."""
@@ -57,15 +56,8 @@ class Run:
     out: Path = RESULTS
 
 
-@dataclass
-class Table:
-    """Print the table (Markdown): mean over the seeds.
-
-    Seconds are left out: the grid ran beside other work. They are measured apart, with `run --out`.
-    """
-
-
 def run(grid: Run) -> None:
+    """Fill the grid, seed by seed."""
     cells = [
         (rounds, seed, name, method)
         for seed in grid.seeds
@@ -103,6 +95,10 @@ def one(reference: Path, rounds: int, seed: int, name: str, method: str) -> dict
 
 
 def table() -> None:
+    """Print the table (Markdown): mean over the seeds.
+
+    Seconds are left out: the grid ran beside other work. They are measured apart, with `run --out`.
+    """
     cells = defaultdict(list)
     for row in read(RESULTS):
         cells[row["rounds"], row["model"], row["method"]].append(row)
@@ -122,9 +118,6 @@ def table() -> None:
 
 
 if __name__ == "__main__":
-    chosen = tyro.cli(
-        Annotated[Run, tyro.conf.subcommand("run")]
-        | Annotated[Table, tyro.conf.subcommand("table")],
-        description=__doc__,
-    )
-    sys.exit(run(chosen) if isinstance(chosen, Run) else table())
+    commands = {"run": run, "table": table}
+    flat = (tyro.conf.OmitArgPrefixes,)
+    tyro.extras.subcommand_cli_from_dict(commands, description=__doc__, config=flat)

@@ -9,12 +9,10 @@ it comes, and leaves out what is there already, so it can be stopped and started
 """
 
 import json
-import sys
 import tempfile
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import tyro
@@ -35,7 +33,7 @@ MODELS = {  # file, data set, trigger, target
 
 @dataclass
 class Run:
-    """Fill the grid."""
+    """Which cells."""
 
     reference: Path
     """Folder of the published models (checkpoints/, triggers/)."""
@@ -44,12 +42,8 @@ class Run:
     models: tuple[str, ...] = tuple(MODELS)
 
 
-@dataclass
-class Table:
-    """Print the table (Markdown): mean over the seeds."""
-
-
 def run(grid: Run) -> None:
+    """Fill the grid."""
     for preset in grid.presets:
         # Algorithm 1 patches every image, so its seed changes nothing.
         for seed in grid.seeds if preset != "algorithm1" else grid.seeds[:1]:
@@ -94,6 +88,7 @@ def key(row: dict) -> tuple:
 
 
 def table() -> None:
+    """Print the table (Markdown): mean over the seeds."""
     runs = defaultdict(list)
     for row in read():
         runs[key(row)].append(row)
@@ -120,9 +115,6 @@ def table() -> None:
 
 
 if __name__ == "__main__":
-    chosen = tyro.cli(
-        Annotated[Run, tyro.conf.subcommand("run")]
-        | Annotated[Table, tyro.conf.subcommand("table")],
-        description=__doc__,
-    )
-    sys.exit(run(chosen) if isinstance(chosen, Run) else table())
+    commands = {"run": run, "table": table}
+    flat = (tyro.conf.OmitArgPrefixes,)
+    tyro.extras.subcommand_cli_from_dict(commands, description=__doc__, config=flat)

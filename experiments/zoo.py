@@ -14,7 +14,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import tyro
@@ -77,19 +77,15 @@ def entries() -> list[Entry]:
 
 @dataclass
 class Run:
-    """Train what is missing."""
+    """Which models."""
 
     models: tuple[str, ...] = ()
     """Names, for example cifar10-badnets; default: all."""
     seed: int = 0
 
 
-@dataclass
-class Table:
-    """Print the table (Markdown): our models beside the paper's rows "No Defense"."""
-
-
 def run(settings: Run) -> None:
+    """Train what is missing."""
     known = {entry.name: entry for entry in entries()}
     for name in settings.models or known:
         check_name("model", name, known)
@@ -118,7 +114,8 @@ def train(entry: Entry, seed: int) -> dict:
         raise SystemExit(f"{entry.name}: 'ibau train' ended with status {done.returncode}")
     trained = json.loads(done.stdout)
     kept = FOLDER / f"{entry.name}.safetensors"
-    save_model(kept, load_model(work), np.float16)
+    model = load_model(work)
+    save_model(kept, model, np.float16)
     found = evaluate_model(kept)
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     fields = ("dataset", "attack", "scenario", "target", "acc", "asr", "asr_excl", "ra", "n")
@@ -126,7 +123,7 @@ def train(entry: Entry, seed: int) -> dict:
         "model": entry.name,
         **{k: found[k] for k in fields},
         **{k: found[k] for k in ("by_attack",) if k in found},
-        "poison_ratio": load_model(kept).info["poison_ratio"],
+        "poison_ratio": model.info["poison_ratio"],
         "seed": seed,
         **{k: trained[k] for k in ("preset", "epochs", "train_seconds", "images_per_second")},
         "commit": git.stdout.strip(),
@@ -135,6 +132,7 @@ def train(entry: Entry, seed: int) -> dict:
 
 
 def table() -> None:
+    """Print the table (Markdown): our models beside the paper's rows "No Defense"."""
     rows = {row["model"]: row for row in read(RESULTS)}
     print("| table | model | epochs | ACC | paper | ASR | paper | ASR excl. | minutes |")
     print("|---|---|---|---|---|---|---|---|---|")
@@ -152,9 +150,6 @@ def percent(value: float | None) -> str:
 
 
 if __name__ == "__main__":
-    chosen = tyro.cli(
-        Annotated[Run, tyro.conf.subcommand("run")]
-        | Annotated[Table, tyro.conf.subcommand("table")],
-        description=__doc__,
-    )
-    sys.exit(run(chosen) if isinstance(chosen, Run) else table())
+    commands = {"run": run, "table": table}
+    flat = (tyro.conf.OmitArgPrefixes,)
+    tyro.extras.subcommand_cli_from_dict(commands, description=__doc__, config=flat)
