@@ -303,10 +303,9 @@ def _pictures(model: Model, logits, params, result, held_out, count: int = 12) -
         ],
         np.float32,
     )
-    patterns = [attack.trigger.pattern for attack in model.attacks]
     shown = triggered if model.attacks else images
     return Pictures(
-        triggers=np.array([p / max(float(p.max()), 1e-6) for p in patterns], np.float32),
+        triggers=np.array([attack.trigger.scaled() for attack in model.attacks], np.float32),
         deltas=result.deltas,
         images=images,
         triggered=triggered,

@@ -52,8 +52,7 @@ def figure2(
             others = np.flatnonzero(attack.wanted(held_out.labels) != held_out.labels)
             row = np.random.default_rng([seed, i, j]).choice(others)
             image = np.asarray(held_out.images[row])
-            pattern = attack.trigger.pattern
-            shown = (pattern / max(float(pattern.max()), 1e-6), image, attack.trigger(image))
+            shown = (attack.trigger.scaled(), image, attack.trigger(image))
             for k, picture in enumerate(shown):
                 axes[3 * i + k, j].imshow(np.asarray(picture), interpolation="nearest")
             label = "all" if attack.target is None else info.class_names[attack.target]

@@ -49,6 +49,10 @@ class Trigger:
             return jnp.clip(images + self.pattern, 0, 1)
         return jnp.clip(images * (1 - self.mask) + self.pattern, 0, 1)
 
+    def scaled(self) -> np.ndarray:
+        """The pattern to look at, its largest value 1: float32 [H, W, C]."""
+        return self.pattern / max(float(self.pattern.max()), 1e-6)
+
 
 def badnets_square(shape: tuple[int, int, int] = (32, 32, 3), size: int = 4) -> Trigger:
     """BadNets: a white square, one pixel from the lower right corner (Gu et al., 2017).
