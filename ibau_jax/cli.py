@@ -161,15 +161,17 @@ def evaluate(
     from ibau_jax.checkpoint import load_model
 
     del seed  # nothing here is random
-    stored, chosen = load_model(model), None
-    kept = [a for a in stored.attacks if a.name == attack]
-    if kept and trigger is None and target is None:
-        chosen = (kept[0],)
-    elif attack is not None or trigger is not None:
-        if target is None and len(stored.attacks) == 1 and attack != "none":
-            target = stored.attacks[0].target
-        name = dataset or stored.dataset
-        chosen = _attacks(name, attack, target, trigger, trigger_rule, trigger_mask)
+    chosen = None
+    if attack is not None or trigger is not None:
+        stored = load_model(model)
+        kept = tuple(a for a in stored.attacks if a.name == attack)[:1]
+        if kept and trigger is None and target is None:
+            chosen = kept
+        else:
+            if target is None and len(stored.attacks) == 1 and attack != "none":
+                target = stored.attacks[0].target
+            name = dataset or stored.dataset
+            chosen = _attacks(name, attack, target, trigger, trigger_rule, trigger_mask)
     elif target is not None or trigger_mask is not None:
         raise InputError("--target or --trigger-mask alone: name the attack or the trigger too")
     _finish(pipeline.evaluate_model(model, dataset, split, chosen, data_dir), json)

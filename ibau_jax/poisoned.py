@@ -52,7 +52,6 @@ def train_model(
     data_dir: str | None = None,
     resume: bool = False,
     keep_states: bool = True,
-    dtype: Any = np.float32,
     progress: bool = False,
     num_devices: int | None = None,
 ) -> dict[str, Any]:
@@ -67,7 +66,6 @@ def train_model(
         number of attacks, since their joined data is as many times larger.
       resume: go on where an earlier call with the same arguments was stopped.
       keep_states: False: keep none, so that the run cannot be resumed.
-      dtype: of the weights in the file.
       num_devices: how many to compute on; None: all.
     """
     info = data_info(dataset)
@@ -130,7 +128,7 @@ def train_model(
     }
     model = Model(variables, "vgg", info.num_classes, dataset, attacks, trained)
     if first:
-        save_model(out, model, dtype)
+        save_model(out, model)
     if checkpoints is not None:
         checkpoints.remove()
     trained_seconds = sum(record["seconds"] for record in history)
