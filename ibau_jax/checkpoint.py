@@ -20,7 +20,7 @@ from ibau_jax.errors import InputError
 from ibau_jax.files import atomic_path
 from ibau_jax.models import build
 
-FORMAT = "ibau_jax model 2"
+FORMAT = "ibau_jax model 3"  # the only key: safetensors writes several in random order
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def save_model(path: str | Path, model: Model, dtype: Any = np.float32) -> Path:
             for name, array in (("pattern", trigger.pattern), ("mask", trigger.mask))
             if array is not None
         }
-    metadata = {"format": FORMAT, "model": json.dumps(header)}
+    metadata = {FORMAT: json.dumps(header)}
     with atomic_path(path) as temporary:
         safetensors.numpy.save_file(tensors, temporary, metadata)
     return Path(path)
@@ -103,13 +103,13 @@ def load_model(path: str | Path) -> Model:
         raise InputError(
             f"cannot read the model {str(path)!r}: {error}; expected a whole safetensors file{hint}"
         ) from error
-    if metadata.get("format") != FORMAT:
+    if FORMAT not in metadata:
         raise InputError(
-            f"{str(path)!r} has no metadata of this project (format {metadata.get('format')!r}, "
-            f"expected {FORMAT!r}); make model files with 'ibau train' or 'ibau convert'"
+            f"{str(path)!r} has no metadata {FORMAT!r} (found {sorted(metadata)}); "
+            "make model files with 'ibau train' or 'ibau convert'"
         )
     try:
-        header = json.loads(metadata["model"])
+        header = json.loads(metadata[FORMAT])
         fields = {k: header[k] for k in ("architecture", "num_classes", "dataset", "info")}
         attacks = tuple(
             Attack(

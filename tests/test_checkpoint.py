@@ -1,5 +1,6 @@
 """Model files: round trip, damage, misfits, and the import of PyTorch files."""
 
+import hashlib
 from dataclasses import replace
 
 import jax
@@ -66,6 +67,14 @@ def test_half_precision_rounds_the_weights_only(tmp_path):
     )
 
 
+def test_the_same_model_gives_the_same_bytes(tmp_path):
+    written = {
+        save_model(tmp_path / "m.safetensors", model(attacks=ATTACKS["several"])).read_bytes()
+        for _ in range(8)
+    }
+    assert len({hashlib.sha256(file).digest() for file in written}) == 1
+
+
 def test_missing_damaged_and_foreign_files(tmp_path):
     with pytest.raises(InputError, match="no such file"):
         load_model(tmp_path / "missing.safetensors")
@@ -78,7 +87,7 @@ def test_missing_damaged_and_foreign_files(tmp_path):
         with pytest.raises(InputError, match="expected a whole safetensors file"):
             load_model(path)
     save_file({"w": np.zeros(3, np.float32)}, path)
-    with pytest.raises(InputError, match="no metadata of this project"):
+    with pytest.raises(InputError, match="has no metadata .ibau_jax model"):
         load_model(path)
 
 
