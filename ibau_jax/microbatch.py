@@ -36,27 +36,9 @@ def summed(loss: Loss, size: int | None, axis: str | None = None) -> Loss:
     if size is None and axis is None:
         return loss
 
-    def split(batch):
-        return jax.tree.map(lambda a: a.reshape(-1, size, *a.shape[1:]), batch)
-
-    def accumulate(function, batch):
-        return parallel.total(over_microbatches(function, batch), axis)
-
-    def over_microbatches(function, batch):
-        if size is None:
-            return function(batch)
-
-        def add(total, rows):
-            return jax.tree.map(jnp.add, total, function(rows)), None
-
-        first = jax.tree.map(lambda a: a[:size], batch)
-        shapes = jax.eval_shape(function, first)
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        return lax.scan(add, zeros, split(batch))[0]
-
     @jax.custom_vjp
     def total(delta, params, batch):
-        return accumulate(lambda rows: loss(delta, params, rows), batch)
+        return accumulate(lambda rows: loss(delta, params, rows), batch, size, axis)
 
     def forward(delta, params, batch):
         # Only the gradients that are asked for: the one in the parameters costs the most.
@@ -64,7 +46,7 @@ def summed(loss: Loss, size: int | None, axis: str | None = None) -> Loss:
         argnums = tuple(i for i in (0, 1) if perturbed[i])
         delta, params, batch = (jax.tree.map(lambda p: p.value, a) for a in (delta, params, batch))
         gradient = jax.value_and_grad(loss, argnums)
-        value, grads = accumulate(lambda rows: gradient(delta, params, rows), batch)
+        value, grads = accumulate(lambda rows: gradient(delta, params, rows), batch, size, axis)
         return value, dict(zip(argnums, grads, strict=True))
 
     def backward(grads, cotangent):
@@ -75,3 +57,22 @@ def summed(loss: Loss, size: int | None, axis: str | None = None) -> Loss:
 
     total.defvjp(forward, backward, symbolic_zeros=True)
     return total
+
+
+def accumulate(
+    function: Callable[[Any], Any], batch: Any, size: int | None, axis: str | None = None
+) -> Any:
+    """The sum of `function(rows)`, a pytree, over the microbatches of `batch` and the devices.
+
+    Not to be differentiated: let `function` give gradients. Arguments as in `summed`.
+    """
+    if size is None:
+        return parallel.total(function(batch), axis)
+
+    def add(total, rows):
+        return jax.tree.map(jnp.add, total, function(rows)), None
+
+    parts = jax.tree.map(lambda a: a.reshape(-1, size, *a.shape[1:]), batch)
+    shapes = jax.eval_shape(function, jax.tree.map(lambda a: a[0], parts))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return parallel.total(lax.scan(add, zeros, parts)[0], axis)

@@ -1,4 +1,4 @@
-"""The paper's simplified VGG (Table 7) and the adapter to `logits(params, images)`.
+"""The paper's simplified VGG (Table 7) and two adapters: `logits(params, images)`, and more.
 
 Two facts decide the form of the code on a CPU (design notes in README, "Speed"):
 
@@ -9,6 +9,7 @@ Two facts decide the form of the code on a CPU (design notes in README, "Speed")
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
@@ -62,6 +63,7 @@ class VGG(nn.Module):
             for j in (1, 2):
                 layer = ConvNormELU(width, self.conv, self.axis, name=f"conv{2 * i + j}")
                 x = layer(x, train, weights)
+            self.sow("intermediates", f"block{i + 1}", x)  # costs nothing unless they are asked for
             x = max_pool(x)
             x = Dropout(rate, self.axis)(x, train)
         x = x.reshape(len(x), -1)
@@ -196,3 +198,56 @@ def evaluation_logits(module: nn.Module, variables: Mapping[str, Any]) -> Logits
         return module.apply({"params": params, **fixed}, images)  # pyright: ignore
 
     return logits
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A flax module as `logits(variables, images)` that can also be trained and looked into.
+
+    For defenses that train with batch statistics and dropout, or need what is inside. What
+    they call parameters are then the whole `variables` (`params` and `batch_stats`).
+
+    Attributes:
+      module: a `VGG`, or another flax module that takes the same arguments and has the same
+        collections; its maps are what it sows as intermediates (it may sow nothing).
+    """
+
+    module: Any
+
+    def __call__(self, variables: Params, images: jax.Array) -> jax.Array:
+        """[N, H, W, C] in [0, 1] -> [N, num_classes], in evaluation mode."""
+        return self.module.apply(variables, images)
+
+    def look(self, variables: Params, images: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+        """Logits and maps in evaluation mode; a map is the output of a block before pooling."""
+        logits, found = self.module.apply(variables, images, mutable=["intermediates"])
+        return logits, _in_order(found)
+
+    def train(
+        self,
+        variables: Params,
+        images: jax.Array,
+        key: jax.Array,
+        weights: jax.Array | None = None,
+        axis: str | None = None,
+    ) -> tuple[jax.Array, list[jax.Array], Params]:
+        """Logits, maps, and the other collections updated, in training mode; see `VGG`."""
+        logits, found = self.module.clone(axis=axis).apply(
+            variables,
+            images,
+            train=True,
+            weights=weights,
+            rngs={"dropout": key},
+            mutable=["batch_stats", "intermediates"],
+        )
+        maps = _in_order(found)
+        return (
+            logits,
+            maps,
+            {name: value for name, value in found.items() if name != "intermediates"},
+        )
+
+
+def _in_order(found: Mapping[str, Any]) -> list[jax.Array]:
+    maps = found.get("intermediates", {})
+    return [maps[name][0] for name in sorted(maps)]

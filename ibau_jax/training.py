@@ -1,23 +1,20 @@
-"""Training of (poisoned) models: Flax, optax, jit; data and shuffling on the device."""
+"""Training of (poisoned) models: presets, initialisation, measurement."""
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ibau_jax import parallel, processes
+from ibau_jax import parallel
 from ibau_jax.data import Dataset
 from ibau_jax.errors import InputError, check_name
-from ibau_jax.models import VGG
+from ibau_jax.fitting import TrainState, batches_of, cross_entropy, fit
+from ibau_jax.models import VGG, Classifier
 from ibau_jax.parallel import Devices
-from ibau_jax.progress import progress_bar
 from ibau_jax.resume import Checkpoints
 
 
@@ -81,14 +78,6 @@ PRESETS: dict[str, Callable[[str], TrainConfig]] = {
 }
 
 
-class TrainState(NamedTuple):
-    """What the next step needs: flax variables, optimiser state, random key."""
-
-    variables: Any
-    opt_state: optax.OptState
-    key: jax.Array
-
-
 def train(
     module: VGG,
     data: Dataset,
@@ -120,142 +109,37 @@ def train(
     Raises:
       InputError: there is no image, or the loss is no longer finite.
     """
-    count = len(data.images)
-    if not count:
+    if not len(data.images):
         raise InputError("the training set is empty: expected at least one image")
-    batch_size = min(config.batch_size, count)
-    per_epoch = count // batch_size
-    steps = config.epochs * per_epoch
-    optimizer = config.transform(steps)
     devices = devices or parallel.devices()
-    images, labels = devices.replicate((data.images, data.labels))
-    devices.check_equal(images=images, labels=labels)  # processes may have made other triggers
-
     rates = tuple(config.dropout * rate for rate in module.dropout)
-    module = module.clone(axis=devices.axis, dropout=rates)
+    module = module.clone(dropout=rates)
     init_key, order_key, key = jax.random.split(key, 3)
-    variables = jax.jit(module.clone(axis=None).init)(init_key, jnp.asarray(data.images[:1]))
-    state = TrainState(variables, optimizer.init(variables["params"]), key)
-    history: list[dict[str, Any]] = []
-    done, losses, earlier = 0, [], 0.0
-    if checkpoints is not None and (last := checkpoints.last(_stored(state))):
-        done, found, about = last
-        variables, opt_state, bits = found
-        key = jax.random.wrap_key_data(jnp.asarray(bits), impl=jax.random.key_impl(key))
-        state = TrainState(variables, opt_state, key)
-        history, losses, earlier = about["history"], about["losses"], about["seconds"]
-    state = devices.replicate(state)
-    step = None
+    variables = jax.jit(module.init)(init_key, jnp.asarray(data.images[:1]))
+    batch_size, per_epoch = batches_of(len(data.images), config.batch_size)
+    optimizer = config.transform(config.epochs * per_epoch)
 
-    def save(seconds: float) -> None:
-        if checkpoints is not None:
-            about = {"history": history, "losses": losses, "seconds": seconds}
-            checkpoints.save(done, _stored(devices.one(state)), about)
-
-    with progress_bar(steps, "train", progress) as advance:
-        advance(done, "")
-        for epoch in range(done // per_epoch + 1, config.epochs + 1):
-            started = time.perf_counter() - earlier
-            order = jax.random.permutation(jax.random.fold_in(order_key, epoch), count)
-            rows = np.asarray(order[: per_epoch * batch_size]).reshape(per_epoch, batch_size)
-            shares = devices.share(partial(_share, rows, devices))
-            for i in devices.each(per_epoch, done % per_epoch):
-                if step is None:
-                    program = make_step(module, optimizer, devices.axis)
-                    arguments = (state, images, labels, shares, i)
-                    step = devices.compile(program, *arguments, rows=(3,), donate=(0,))
-                with processes.watch():
-                    state, loss = step(state, images, labels, shares, i)
-                    losses.append(float(devices.one(loss)))
-                done += 1
-                advance(1, "")
-                due = checkpoints is not None and done % per_epoch and checkpoints.due()
-                if due and np.isfinite(losses[-1]):
-                    save(time.perf_counter() - started)
-            devices.check_equal(state=state)
-            record = {
-                "epoch": epoch,
-                "loss": float(np.mean(losses)),
-                "seconds": time.perf_counter() - started,
-            }
-            if not np.isfinite(record["loss"]):
-                raise InputError(
-                    f"the loss is {record['loss']} in epoch {epoch}: training diverged; "
-                    f"choose a smaller rate than {config.rate:g} (--preset cpu)"
-                )
-            if evaluate is not None and (progress or epoch == config.epochs):
-                record |= dict(evaluate(devices.one(state.variables)))
-            history.append(record)
-            losses, earlier = [], 0.0
-            save(0.0)
-            shown = ("loss", "acc", "asr")
-            values = [f"{k} {record[k]:.3f}" for k in shown if record.get(k) is not None]
-            advance(0, " ".join(values))
-    return jax.tree.map(np.asarray, devices.one(state.variables)), history
-
-
-def _stored(state: TrainState) -> list:
-    """A state as plain arrays."""
-    return [state.variables, state.opt_state, jax.random.key_data(state.key)]
-
-
-class Rows(NamedTuple):
-    """What one device has of each batch of an epoch.
-
-    Attributes:
-      index: int32 [batches, B], row numbers in the data.
-      weights: float [batches, B], 1 / images in the batch, 0 for padding; None: no padding.
-    """
-
-    index: Any
-    weights: Any
-
-
-def _share(rows: np.ndarray, devices: Devices, device: int) -> Rows:
-    """Its part of the batches `rows` int [batches, B], as `parallel` spreads them."""
-    batches, size = rows.shape
-    num_devices = len(devices.all)
-    count = -(-size // num_devices)
-    numbers = devices.numbers(device, count)
-    index = rows[:, np.minimum(numbers, size - 1)]
-    if size % num_devices == 0:
-        return Rows(index, None)
-    weights = np.broadcast_to((numbers < size).astype(np.float32) / size, (batches, count))
-    return Rows(index, weights)
-
-
-def make_step(module: nn.Module, optimizer: optax.GradientTransformation, axis: str | None = None):
-    """`step(state, images, labels, rows, i) -> (state, loss)`: batch number i of `Rows`.
-
-    To be mapped over the devices (`Devices.compile`); `module` has the same axis.
-    """
-
-    def step(state: TrainState, images, labels, rows: Rows, i):
-        key, dropout_key = jax.random.split(state.key)
-        index, weights = jax.tree.map(lambda a: a[i], rows)
-        weighted = {} if weights is None else {"weights": weights}
-
-        def loss_of(params):
-            logits, updated = module.apply(
-                {**state.variables, "params": params},
-                images[index],
-                train=True,
-                rngs={"dropout": dropout_key},
-                mutable=["batch_stats"],
-                **weighted,
+    def on_epoch(record: dict[str, Any], variables: Any) -> dict[str, Any]:
+        if not np.isfinite(record["loss"]):
+            raise InputError(
+                f"the loss is {record['loss']} in epoch {record['epoch']}: training diverged; "
+                f"choose a smaller rate than {config.rate:g} (--preset cpu)"
             )
-            losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels[index])
-            # This device's part of the batch's mean. Batch statistics tie the devices together;
-            # JAX's derivative of their sum adds up what each part owes to it.
-            if weights is None:
-                return losses.mean() / parallel.width(axis), updated
-            return jnp.sum(weights * losses), updated
+        if evaluate is not None and (progress or record["epoch"] == config.epochs):
+            return {**record, **evaluate(variables)}
+        return record
 
-        params = state.variables["params"]
-        (loss, updated), gradient = jax.value_and_grad(loss_of, has_aux=True)(params)
-        loss, gradient = parallel.total((loss, gradient), axis)
-        updates, opt_state = optimizer.update(gradient, state.opt_state, params)
-        variables = {"params": optax.apply_updates(params, updates), **updated}
-        return TrainState(variables, opt_state, key), loss
-
-    return step
+    fitted = fit(
+        cross_entropy(Classifier(module), devices.axis),
+        TrainState(variables, optimizer.init(variables["params"]), key),
+        data,
+        optimizer=optimizer,
+        epochs=config.epochs,
+        batch_size=batch_size,
+        order_key=order_key,
+        on_epoch=on_epoch,
+        progress=progress,
+        devices=devices,
+        checkpoints=checkpoints,
+    )
+    return jax.tree.map(np.asarray, fitted.variables), fitted.history

@@ -6,9 +6,9 @@ from pathlib import Path
 import ibau_jax
 
 PACKAGE = Path(ibau_jax.__file__).parent
-ORDER = """errors parallel processes files progress data attacks convolution models resume training
-metrics microbatch solvers hypergradient config batches ibau bounds defenses checkpoint report
-report_html poisoned pipeline reproduce cli""".split()
+ORDER = """errors parallel processes files progress data attacks convolution models resume fitting
+training metrics microbatch solvers hypergradient config batches ibau bounds defenses checkpoint
+report report_html poisoned pipeline reproduce cli""".split()
 
 
 def imported(path: Path):

@@ -41,13 +41,15 @@ def ours(settings: Settings, images: np.ndarray, labels: np.ndarray) -> Callable
     import jax
     import jax.numpy as jnp
 
-    from ibau_jax.models import build
-    from ibau_jax.training import Rows, TrainConfig, TrainState, make_step
+    from ibau_jax.fitting import Rows, TrainState, cross_entropy, make_step
+    from ibau_jax.models import Classifier, build
+    from ibau_jax.training import TrainConfig
 
     module, optimizer = build("vgg", 10, conv=settings.conv), TrainConfig.paper().transform(1)
     variables = jax.jit(module.init)(jax.random.key(0), images[:1])
     state = TrainState(variables, optimizer.init(variables["params"]), jax.random.key(1))
-    step = jax.jit(make_step(module, optimizer), donate_argnums=0)
+    objective = cross_entropy(Classifier(module))
+    step = jax.jit(make_step(objective, optimizer), donate_argnums=0)
     order = np.arange(len(labels)).reshape(-1, settings.batch_size)
     arguments = jnp.asarray(images), jnp.asarray(labels), Rows(jnp.asarray(order), None)
 
