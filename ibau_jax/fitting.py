@@ -25,20 +25,6 @@ class TrainState(NamedTuple):
     key: jax.Array
 
 
-class Fitted(NamedTuple):
-    """What `fit` returns.
-
-    Attributes:
-      variables: on this process's own devices.
-      history: the records of the epochs.
-      compile_seconds: tracing and compiling the step.
-    """
-
-    variables: Any
-    history: list[dict[str, Any]]
-    compile_seconds: float
-
-
 def fit(
     objective: Callable[..., tuple[jax.Array, Any]],
     state: TrainState,
@@ -53,8 +39,9 @@ def fit(
     title: str = "train",
     progress: bool = False,
     devices: Devices,
+    compile: Callable[..., Callable] | None = None,
     checkpoints: Checkpoints | None = None,
-) -> Fitted:
+) -> tuple[Any, list[dict[str, Any]]]:
     """Minimise an objective over shuffled batches: the loop of training and of fine-tuning.
 
     Args:
@@ -66,13 +53,17 @@ def fit(
         `seconds`.
       project: applied to the parameters after each step.
       title: of the progress bar.
-      checkpoints: see `train`.
+      compile: in place of `devices.compile`, for example to take its time.
+      checkpoints: see `training.train`.
+
+    Returns:
+      The variables, on this process's own devices, and the records of the epochs.
     """
     batch_size, per_epoch = batches_of(len(data.images), batch_size)
     images, labels = devices.replicate((data.images, data.labels))
     devices.check_equal(images=images, labels=labels)  # processes may have made other triggers
     history: list[dict[str, Any]] = []
-    done, losses, earlier, compile_seconds = 0, [], 0.0, 0.0
+    done, losses, earlier = 0, [], 0.0
     if checkpoints is not None and (last := checkpoints.last(_stored(state))):
         done, found, about = last
         variables, opt_state, bits = found
@@ -94,11 +85,10 @@ def fit(
             shares = shuffled(order_key, epoch, len(data.images), per_epoch, batch_size, devices)
             for i in devices.each(per_epoch, done % per_epoch):
                 if step is None:
-                    before = time.perf_counter()
                     program = make_step(objective, optimizer, devices.axis, project)
                     arguments = (state, images, labels, shares, i)
-                    step = devices.compile(program, *arguments, rows=(3,), donate=(0,))
-                    compile_seconds = time.perf_counter() - before
+                    build = compile or devices.compile
+                    step = build(program, *arguments, rows=(3,), donate=(0,))
                 with processes.watch():
                     state, loss = step(state, images, labels, shares, i)
                     losses.append(float(devices.one(loss)))
@@ -120,7 +110,7 @@ def fit(
             shown = ("loss", "acc", "asr")
             values = [f"{k} {record[k]:.3f}" for k in shown if record.get(k) is not None]
             advance(0, " ".join(values))
-    return Fitted(devices.one(state.variables), history, compile_seconds)
+    return devices.one(state.variables), history
 
 
 def batches_of(count: int, batch_size: int) -> tuple[int, int]:

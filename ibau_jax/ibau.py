@@ -15,6 +15,7 @@ published code and our default is in `IBAUConfig` and nowhere else.
 
 import time
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -52,6 +53,10 @@ class Result(NamedTuple):
       deltas: the last perturbation of each round, float [rounds, H, W, C].
       seconds: sum over the rounds.
       compile_seconds: tracing and compiling.
+      found: triggers that a defense reconstructed, by a caption that names the label, as
+        pictures float [H, W, C] in [0, 1].
+      diagnostics: what a defense tells about its decisions, as JSON values; those that look for
+        triggers have `flagged`, the labels that they hold for targets.
     """
 
     params: Params
@@ -59,6 +64,8 @@ class Result(NamedTuple):
     deltas: np.ndarray
     seconds: float
     compile_seconds: float
+    found: Mapping[str, np.ndarray] = MappingProxyType({})
+    diagnostics: Mapping[str, Any] = MappingProxyType({})
 
 
 def unlearn(

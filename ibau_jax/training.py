@@ -129,7 +129,7 @@ def train(
             return {**record, **evaluate(variables)}
         return record
 
-    fitted = fit(
+    variables, history = fit(
         cross_entropy(Classifier(module), devices.axis),
         TrainState(variables, optimizer.init(variables["params"]), key),
         data,
@@ -142,4 +142,4 @@ def train(
         devices=devices,
         checkpoints=checkpoints,
     )
-    return jax.tree.map(np.asarray, fitted.variables), fitted.history
+    return jax.tree.map(np.asarray, variables), history

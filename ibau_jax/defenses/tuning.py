@@ -1,0 +1,155 @@
+"""Fine-tuning on clean data, the last step of most baselines and a control of its own."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from ibau_jax import parallel
+from ibau_jax.batches import check_clean
+from ibau_jax.data import Dataset
+from ibau_jax.defenses.common import Model, Run, Variables, check_positive, opened
+from ibau_jax.errors import InputError, check_name
+from ibau_jax.fitting import TrainState, batches_of, cross_entropy, fit
+from ibau_jax.ibau import Result
+from ibau_jax.models import Logits, Params
+from ibau_jax.parallel import Devices
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How to fine-tune.
+
+    Attributes:
+      epochs: passes over the data.
+      batch_size: a last partial batch of an epoch is left out.
+      optimizer: `adam`, or `sgd` with momentum and weight decay.
+      rate: learning rate.
+      momentum, nesterov, decay: of `sgd`; decay is the factor of the parameters in the gradient.
+      cosine: let the rate fall to zero along a cosine.
+      drops: (epoch, factor): from that epoch on (counted from 0) the rate is that much lower.
+    """
+
+    epochs: int = 10
+    batch_size: int = 128
+    optimizer: str = "sgd"
+    rate: float = 0.01
+    momentum: float = 0.9
+    nesterov: bool = False
+    decay: float = 0.0
+    cosine: bool = False
+    drops: tuple[tuple[int, float], ...] = ()
+
+    def __post_init__(self):
+        check_name("optimizer", self.optimizer, ("adam", "sgd"))
+        check_positive(self, "epochs", "batch_size", "rate")
+
+    def transform(self, per_epoch: int) -> optax.GradientTransformation:
+        """The optimiser, for so many steps an epoch."""
+        rate: Any = self.rate
+        if self.cosine:
+            rate = optax.cosine_decay_schedule(self.rate, self.epochs * per_epoch)
+        elif self.drops:
+            boundaries = {epoch * per_epoch: factor for epoch, factor in self.drops}
+            rate = optax.piecewise_constant_schedule(self.rate, boundaries)
+        if self.optimizer == "adam":
+            return optax.adam(rate)
+        return optax.chain(
+            optax.add_decayed_weights(self.decay),
+            optax.sgd(rate, self.momentum, self.nesterov),
+        )
+
+
+def tune(
+    run: Run,
+    model: Model,
+    variables: Variables,
+    data: Dataset,
+    config: Tuning,
+    *,
+    key: jax.Array,
+    devices: Devices,
+    objective: Callable[..., Any] | None = None,
+    project: Callable[[Any], Any] | None = None,
+    record: bool = True,
+    title: str = "fine-tuning",
+    progress: bool = False,
+) -> Variables:
+    """Train on `data` from `variables`: batch statistics and dropout as in training.
+
+    Args:
+      run: gets a record after each epoch (unless `record` is off) and the compile time.
+      objective: see `fitting.make_step`; default: cross-entropy.
+      project: applied to the parameters after each step.
+
+    Raises:
+      InputError: the loss is no longer finite.
+    """
+    order_key, key = jax.random.split(key)
+    batch_size, per_epoch = batches_of(len(data.labels), config.batch_size)
+    optimizer = config.transform(per_epoch)
+
+    def on_epoch(values: dict[str, Any], variables: Variables) -> dict[str, Any]:
+        if not np.isfinite(values["loss"]):
+            raise InputError(
+                f"{title}: the loss is {values['loss']} in epoch {values['epoch']}; expected a "
+                f"rate that the model bears, found {config.optimizer} with {config.rate:g}: "
+                "choose a smaller one"
+            )
+        return {**values, **run.record(variables, loss=values["loss"])} if record else values
+
+    variables, _ = fit(
+        objective or cross_entropy(model, devices.axis),
+        TrainState(variables, jax.jit(optimizer.init)(variables["params"]), key),
+        data,
+        optimizer=optimizer,
+        epochs=config.epochs,
+        batch_size=batch_size,
+        order_key=order_key,
+        on_epoch=on_epoch,
+        project=project,
+        title=title,
+        progress=progress,
+        devices=devices,
+        compile=partial(run.compile, devices),
+    )
+    return variables
+
+
+PRESETS = {
+    "cpu": lambda dataset: Tuning(epochs=2, cosine=True),
+    # BackdoorBench's, but for the number of epochs (100 of 2500 images there).
+    "paper": lambda dataset: Tuning(epochs=50, batch_size=256, decay=5e-4, cosine=True),
+}
+
+
+def finetune(
+    logits: Logits,
+    params: Params,
+    clean: Dataset,
+    *,
+    config: Tuning = Tuning(epochs=2, cosine=True),  # noqa: B008  (frozen)
+    key: jax.Array,
+    evaluate: Callable[[Params], Mapping[str, Any]] | None = None,
+    on_round: Callable[[dict[str, Any]], None] | None = None,
+    progress: bool = False,
+    devices: Devices | None = None,
+) -> Result:
+    """Plain fine-tuning on the clean set: the control of every comparison.
+
+    Arguments and result are those of `ibau_jax.unlearn`; a `Classifier` is trained with batch
+    statistics and dropout, a plain function as it is. A round is an epoch.
+    """
+    clean = check_clean(logits, params, clean)
+    devices = devices or parallel.devices()
+    model, variables = opened(logits, params)
+    run = Run(model, evaluate, on_round)
+    run.record(variables)
+    variables = tune(
+        run, model, variables, clean, config, key=key, devices=devices, progress=progress
+    )
+    return run.result(variables)
