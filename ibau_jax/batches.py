@@ -108,11 +108,16 @@ def resolve(
     rounds = config.rounds or max(2, -(-80 // -(-count // batch_size)))
     microbatch = config.microbatch
     if microbatch == "auto":
-        program = str(jax.make_jaxpr(logits)(params, images[:1]))
-        loops = jax.default_backend() == "cpu" and "conv_general_dilated" not in program
         share = -(-batch_size // num_devices)
+        loops = suits_loops(logits, params, images)
         microbatch = -(-share // -(-share // 10)) if loops else None
     return replace(config, batch_size=batch_size, rounds=rounds, microbatch=microbatch)
+
+
+def suits_loops(logits: Logits, params: Params, images: Any) -> bool:
+    """Is a model best differentiated a few images at a time, in a loop? See `resolve`."""
+    program = str(jax.make_jaxpr(logits)(params, images[:1]))
+    return jax.default_backend() == "cpu" and "conv_general_dilated" not in program
 
 
 def images_a_batch(config: IBAUConfig, count: int) -> int:

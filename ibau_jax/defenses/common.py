@@ -1,5 +1,6 @@
 """What the baselines share: one view of every model, and the bookkeeping of a run."""
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -78,15 +79,27 @@ class Run:
         donate: tuple[int, ...] = (),
     ) -> Callable:
         """`Devices.compile`, its time counted as compilation."""
+        with self.compiling():
+            return devices.compile(function, *args, rows=rows, donate=donate)
+
+    @contextlib.contextmanager
+    def compiling(self):
+        """What happens inside counts as compilation."""
         started = time.perf_counter()
-        compiled = devices.compile(function, *args, rows=rows, donate=donate)
-        self.compiled(time.perf_counter() - started)
-        return compiled
+        with self.paused():
+            yield
+        self.compile_seconds += time.perf_counter() - started
 
     def compiled(self, seconds: float) -> None:
-        """Of the time since the last record, so much was compilation."""
         self.compile_seconds += seconds
         self._since += seconds
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Stop the clock for a while."""
+        started = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - started
 
     def record(self, variables: Variables, **values: Any) -> dict[str, Any]:
         """Measure the model and keep the record of a round (0: the model as given)."""

@@ -1,0 +1,186 @@
+"""Fine-Pruning (Liu, Dolan-Gavitt, Garg 2018): cut channels that clean images do not use, tune.
+
+A backdoor lives in channels that clean images leave dormant. Those of the last convolution are
+cut in the order of their activity until the accuracy falls too far; fine-tuning with the cut
+channels held at zero repairs the rest.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ibau_jax import parallel
+from ibau_jax.batches import check_clean
+from ibau_jax.data import Dataset
+from ibau_jax.defenses.common import Run, check_positive, needs_module, opened
+from ibau_jax.defenses.tuning import Tuning, tune
+from ibau_jax.errors import InputError
+from ibau_jax.ibau import Result
+from ibau_jax.models import Classifier, Logits, Params
+from ibau_jax.parallel import Devices
+
+
+@dataclass(frozen=True)
+class FinePruningConfig:
+    """Settings of Fine-Pruning.
+
+    Attributes:
+      drop: by how much the accuracy on the first part may fall, at most.
+      part: share of the clean set that the pruning looks at; the other part is for fine-tuning.
+      tuning: the fine-tuning.
+    """
+
+    drop: float = 0.2
+    part: float = 0.2
+    tuning: Tuning = Tuning(epochs=2, optimizer="adam", rate=1e-3)  # noqa: RUF009  (frozen)
+
+    def __post_init__(self):
+        check_positive(self, "drop", "part")
+        if self.part >= 1:
+            raise InputError(
+                f"part is {self.part}: expected a share below 1, since the other images are for "
+                "the fine-tuning"
+            )
+
+
+PRESETS = {
+    "cpu": lambda dataset: FinePruningConfig(),
+    "paper": lambda dataset: FinePruningConfig(
+        tuning=Tuning(epochs=10, optimizer="adam", rate=1e-3)
+    ),
+}
+
+
+def fine_pruning(
+    logits: Logits,
+    params: Params,
+    clean: Dataset,
+    *,
+    config: FinePruningConfig = FinePruningConfig(),  # noqa: B008  (frozen)
+    key: jax.Array,
+    evaluate: Callable[[Params], Mapping[str, Any]] | None = None,
+    on_round: Callable[[dict[str, Any]], None] | None = None,
+    progress: bool = False,
+    devices: Devices | None = None,
+) -> Result:
+    """Prune the last convolution on a part of the clean set and fine-tune on the rest.
+
+    Arguments and result are those of `ibau_jax.unlearn`, but `logits` has to be a `Classifier`.
+    Round 1 is the pruned model; the others are epochs of fine-tuning. The cut is made after
+    the nonlinearity (a channel whose filter is zero still gives what its batch norm adds) and
+    stays in the fine-tuning.
+
+    The result's `diagnostics`: `pruned` channels in the order in which they were cut, and
+    `activity` of all.
+
+    Raises:
+      InputError: the model has no convolution to prune, or a part of the clean set is empty.
+    """
+    clean = check_clean(logits, params, clean)
+    devices = devices or parallel.devices()
+    model, variables = opened(logits, params)
+    model = needs_module(model, "fine-pruning", "cuts channels of the last convolution")
+    count = round(config.part * len(clean.labels))
+    if not 0 < count < len(clean.labels):
+        raise InputError(
+            f"{len(clean.labels)} clean images, {count} of them to prune by: expected at least "
+            "one to prune by and one to fine-tune on; give more images or another part"
+        )
+    split_key, key = jax.random.split(key)
+    order = np.asarray(jax.random.permutation(split_key, len(clean.labels)))
+    prune_by, rest = (
+        Dataset(clean.images[rows], clean.labels[rows]) for rows in (order[:count], order[count:])
+    )
+    run = Run(model, evaluate, on_round)
+    run.record(variables)
+    kept, activity, pruned, accuracy = prune(model, variables, prune_by, config.drop)
+    cut = cutter(kept)
+    variables = {**variables, "params": cut(variables["params"])}
+    run.record(variables, channels=len(pruned), clean_part_acc=accuracy)
+    variables = tune(
+        run, model, variables, rest, config.tuning, key=key, devices=devices, project=cut,
+        progress=progress,
+    )  # fmt: skip
+    diagnostics = {"pruned": [int(c) for c in pruned], "activity": activity.tolist()}
+    return run.result(variables, diagnostics=diagnostics)
+
+
+def prune(
+    model: Classifier, variables: Any, data: Dataset, drop: float, batch_size: int = 50
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+    """Which channels of the last convolution to keep.
+
+    Channels are cut in ascending order of their activity as long as the accuracy on `data` is
+    at least what it was minus `drop`. One channel is always left.
+
+    The activity is the mean of max(a, 0) over images and places: a dormant channel of an ELU
+    gives about -1, whose absolute value, which some toolkits take, would rank it as active.
+
+    Returns:
+      Mask bool [channels], activity [channels], channels cut in order, accuracy after it.
+
+    Raises:
+      InputError: the model gives no maps, or its last layer does not read the last one.
+    """
+    look = jax.jit(lambda variables, images: _activity_and_features(model, variables, images))
+    parts = [
+        look(variables, data.images[i : i + batch_size])
+        for i in range(0, len(data.labels), batch_size)
+    ]
+    total = np.sum([np.asarray(activity) for activity, _ in parts], 0)
+    features = np.concatenate([np.asarray(f) for _, f in parts])
+    channels = len(total)
+    last = variables["params"]["classifier"]
+    kernel, bias = np.asarray(last["kernel"]), np.asarray(last["bias"])
+    if len(kernel) % channels:
+        raise InputError(
+            f"the last layer reads {len(kernel)} values and the last convolution has {channels} "
+            "channels: expected the values to be whole maps of them, channel last"
+        )
+    owner = np.arange(len(kernel)) % channels
+
+    def accuracy(kept) -> float:
+        rows = kept[owner]
+        return float(np.mean((features[:, rows] @ kernel[rows] + bias).argmax(-1) == data.labels))
+
+    kept, order, cut = np.ones(channels, bool), np.argsort(total, kind="stable"), 0
+    found = before = accuracy(kept)
+    for channel in order[:-1]:
+        kept[channel] = False
+        after = accuracy(kept)
+        if after < before - drop:
+            kept[channel] = True
+            break
+        cut, found = cut + 1, after
+    return kept, total / len(data.labels), order[:cut], found
+
+
+def cutter(kept: np.ndarray) -> Callable[[Params], Params]:
+    """`cut(params) -> params` that holds channels of the last convolution at zero.
+
+    Their weights in the last layer are zero. That is the same as a mask on the channels: what lies
+    between, max pooling and dropout, does not mix channels and leaves zeros zero.
+    """
+
+    def cut(params: Params) -> Params:
+        last = params["classifier"]
+        mask = jnp.asarray(np.resize(kept, last["kernel"].shape[0]), last["kernel"].dtype)
+        return {**params, "classifier": {**last, "kernel": last["kernel"] * mask[:, None]}}
+
+    return cut
+
+
+def _activity_and_features(model: Classifier, variables: Any, images: jax.Array):
+    """Sum of each channel's activity over the images [channels]; what the last layer reads."""
+    _, maps = model.look(variables, images)
+    if not maps:
+        raise InputError(
+            "the model shows no maps of its convolutions: expected a module that sows them (see "
+            "ibau_jax.models.VGG); fine-pruning needs a model with convolutions"
+        )
+    active = jnp.maximum(maps[-1], 0).mean((1, 2)).sum(0)
+    return active, model.module.apply(variables, images, features=True)
