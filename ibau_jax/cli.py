@@ -180,14 +180,28 @@ def evaluate(
 @command
 def defend(
     model: Annotated[Path, arg(help="model file")],
-    defense: Annotated[str, arg(help="ibau")] = "ibau",
+    defense: Annotated[
+        str,
+        arg(
+            help="ibau, finetune, neural-cleanse, deepinspect, tabor, fine-pruning, nad, dp-sgd or "
+            "naive"
+        ),
+    ] = "ibau",
     preset: Annotated[
-        str | None, arg(help="of ibau: default, algorithm1 or published; default: default")
+        str | None,
+        arg(
+            help="of ibau: default, algorithm1 or published; of the others: cpu (few steps) or "
+            "paper; default: the first"
+        ),
     ] = None,
     dataset: DataName = None,
     clean: Annotated[str | None, arg(help="split that the defense uses")] = None,
     split: Annotated[str | None, arg(help="split for evaluation, disjoint from --clean")] = None,
     rounds: Annotated[int | None, arg(help="passes over the clean set; default: preset's")] = None,
+    poison_ratio: Annotated[
+        float | None,
+        arg(help="dp-sgd: poisoned share of the training set; default: as the model's file says"),
+    ] = None,
     seed: Seed = 0,
     out: Annotated[
         Path | None, arg(help="folder to write; default: runs/MODEL-DEFENSE-PRESET-seedN")
@@ -211,6 +225,7 @@ def defend(
         clean,
         split,
         rounds,
+        poison_ratio,
         seed,
         out,
         data_dir,

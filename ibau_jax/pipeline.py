@@ -9,18 +9,19 @@ import jax
 import numpy as np
 
 from ibau_jax import parallel, processes
-from ibau_jax.attacks import Attack, scenario_of
+from ibau_jax.attacks import Attack, poison_all, scenario_of
 from ibau_jax.batches import images_a_batch, make_batches, resolve
 from ibau_jax.bounds import vgg_bound
 from ibau_jax.checkpoint import Model, convert_pth, load_model, model_hash, save_model
 from ibau_jax.config import IBAUConfig
-from ibau_jax.data import DATASETS, DataInfo, check_disjoint, data_info, load
-from ibau_jax.defenses import defense as find_defense
+from ibau_jax.data import DATASETS, DataInfo, Dataset, check_disjoint, data_info, load
+from ibau_jax.defenses import find as find_defense
+from ibau_jax.defenses import with_rounds
 from ibau_jax.errors import InputError
 from ibau_jax.files import make_folder
 from ibau_jax.ibau import make_ascent
 from ibau_jax.metrics import Metrics, defense_effectiveness, evaluator, predict
-from ibau_jax.models import Logits, build, evaluation_logits
+from ibau_jax.models import Classifier, Logits, build, evaluation_logits
 from ibau_jax.poisoned import describe, make_attacks, train_model
 from ibau_jax.report import (
     CLEANED,
@@ -95,6 +96,7 @@ def defend(
     clean: str | None = None,
     split: str | None = None,
     rounds: int | None = None,
+    poison_ratio: float | None = None,
     seed: int = 0,
     out: str | Path | None = None,
     data_dir: str | None = None,
@@ -108,18 +110,21 @@ def defend(
     With many processes the first one writes, and each returns the same.
 
     Args:
+      rounds: what a round is depends on the defense; mostly a pass over the clean set.
+      poison_ratio: of the training set, for a defense that trains on it; None: as the model's
+        file says.
       num_devices: how many to compute on; None: all.
       on_note: called with a line for the user, where something is worth knowing.
 
     Returns:
       The JSON of `ibau defend`; the folder holds `cleaned.safetensors`, `rows.jsonl`,
-      `report.npz` and `report.html`.
+      `report.npz`, `report.html`, and where triggers were found their pictures.
     """
     loaded = load_model(model)
     info = _info_for(loaded, dataset, model)
-    run, preset, config = find_defense(defense, preset, info.name)
+    entry, preset, config = find_defense(defense, preset, info.name)
     if rounds is not None:
-        config = replace(config, rounds=rounds)
+        config = with_rounds(config, rounds)
     clean, split = clean or info.clean, split or info.split
     check_disjoint(clean, split, info.sizes)
     clean_set, held_out = load(info.name, clean, data_dir), load(info.name, split, data_dir)
@@ -128,20 +133,15 @@ def defend(
     out = Path(out or Path("runs") / name)
     if first:
         make_folder(out)
-    count, batch = len(clean_set.labels), images_a_batch(config, len(clean_set.labels))
-    if count < (config.batch_size or 10):
-        on_note(
-            f"the clean set has {count} images, fewer than a batch of "
-            f"{config.batch_size or 10}: it is used as one batch"
-        )
-    if len(devices.all) > batch:
-        on_note(
-            f"{len(devices.all)} devices for batches of {batch} images: {len(devices.all) - batch} "
-            "of them have nothing to do"
-        )
-
-    params = loaded.variables["params"]
-    logits = _logits(loaded)
+    if isinstance(config, IBAUConfig):
+        _note_batches(config, len(clean_set.labels), len(devices.all), on_note)
+    module = build(loaded.architecture, loaded.num_classes)
+    logits: Any = Classifier(module) if entry.module else _logits(loaded)
+    params = loaded.variables if entry.module else loaded.variables["params"]
+    ratio = loaded.info.get("poison_ratio") if poison_ratio is None else poison_ratio
+    more = {}
+    if entry.train_set:
+        more["train_set"] = _train_set(loaded, info, ratio, data_dir)
     measure = evaluator(logits, held_out, loaded.attacks)
     described: Json = {
         "experiment": experiment,
@@ -152,7 +152,7 @@ def defend(
         "preset": preset,
         "seed": seed,
         "n_clean": len(clean_set.labels),
-        "poison_ratio": loaded.info.get("poison_ratio"),
+        "poison_ratio": ratio,
         "device": jax.devices()[0].device_kind,
         "num_devices": len(devices.all),
         "versions": versions(),
@@ -172,7 +172,7 @@ def defend(
         if first:
             write_rows(out / PARTIAL, rows)
 
-    result = run(
+    result = entry.run(
         logits,
         params,
         clean_set,
@@ -182,13 +182,17 @@ def defend(
         on_round=on_round,
         progress=progress and first,
         devices=devices,
+        **more,
     )
+    told = dict(result.diagnostics)
+    flagged = {"flagged": told.pop("flagged")} if "flagged" in told else {}
     for row in rows:
-        row["compile_seconds"] = result.compile_seconds
+        row |= {"compile_seconds": result.compile_seconds, **flagged}
 
     if first:
         used = {"defense": defense, "preset": preset, "seed": seed}
-        variables = {**loaded.variables, "params": jax.tree.map(np.asarray, result.params)}
+        cleaned = jax.tree.map(np.asarray, result.params)
+        variables = cleaned if entry.module else {**loaded.variables, "params": cleaned}
         cleaned = replace(loaded, variables=variables, info={**loaded.info, "cleaned_by": used})
         save_model(out / CLEANED, cleaned)
         write_pictures(out, _pictures(loaded, logits, params, result, held_out))
@@ -205,11 +209,40 @@ def defend(
         "compile_seconds": result.compile_seconds,
         "model": str(out / CLEANED),
         "report": str(out / HTML),
+        **flagged,
+        "diagnostics": told,
         "defense": defense,
         "preset": preset,
         "dataset": info.name,
         "seed": seed,
     }
+
+
+def _note_batches(
+    config: IBAUConfig, count: int, num_devices: int, on_note: Callable[[str], None]
+) -> None:
+    """Tell the user where a clean set is small for the batches or the devices."""
+    batch = images_a_batch(config, count)
+    if count < (config.batch_size or 10):
+        on_note(
+            f"the clean set has {count} images, fewer than a batch of "
+            f"{config.batch_size or 10}: it is used as one batch"
+        )
+    if num_devices > batch:
+        on_note(
+            f"{num_devices} devices for batches of {batch} images: {num_devices - batch} "
+            "of them have nothing to do"
+        )
+
+
+def _train_set(
+    model: Model, info: DataInfo, ratio: float | None, data_dir: str | None
+) -> Dataset | None:
+    """The training set as it was poisoned; None where it is not known how much of it was."""
+    if model.attacks and ratio is None:
+        return None
+    data = load(info.name, "train", data_dir)
+    return poison_all(data, model.attacks, ratio or 0.0, model.info.get("seed", 0))[0]
 
 
 def bound(
@@ -312,4 +345,6 @@ def _pictures(model: Model, logits, params, result, held_out, count: int = 12) -
         labels=labels,
         before=run(params, shown),
         after=run(result.params, shown),
+        found=np.array([*result.found.values()], np.float32),
+        captions=np.array([*result.found]),
     )

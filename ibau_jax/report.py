@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
@@ -16,6 +17,7 @@ from ibau_jax.files import atomic_path, write_text
 
 ROWS, ARRAYS, HTML = "rows.jsonl", "report.npz", "report.html"
 CLEANED = "cleaned.safetensors"
+FOUND = "found"  # a folder of pictures
 PARTIAL = "rows.partial.jsonl"  # while a run goes on: earlier results stay until it ends
 Row = dict[str, Any]
 
@@ -30,6 +32,8 @@ class Pictures(NamedTuple):
       triggered: the same with a trigger, each in turn, [N, H, W, C], or empty.
       labels: true labels int [N].
       before, after: predictions for `triggered` (for `images` where there is none) int [N].
+      found: triggers that a defense reconstructed, as pictures [K, H, W, C] in [0, 1].
+      captions: text [K], of these.
     """
 
     triggers: np.ndarray
@@ -39,6 +43,8 @@ class Pictures(NamedTuple):
     labels: np.ndarray
     before: np.ndarray
     after: np.ndarray
+    found: np.ndarray = np.empty((0, 1, 1, 1))
+    captions: np.ndarray = np.empty(0, str)
 
 
 def write_rows(path: str | Path, rows: Iterable[Row]) -> None:
@@ -70,7 +76,11 @@ def read_rows(folder: str | Path) -> list[Row]:
 
 
 def write_pictures(folder: str | Path, pictures: Pictures) -> None:
-    """Write the arrays of a report to `folder`."""
+    """Write the arrays of a report to `folder`, and what was found as pictures too."""
+    for picture, caption in zip(pictures.found, pictures.captions, strict=True):
+        name = str(caption).partition(":")[0].replace(" ", "-")
+        with atomic_path(Path(folder) / FOUND / f"{name}.png") as temporary:
+            Image.fromarray(pixels(picture)).save(temporary, "PNG")
     with atomic_path(Path(folder) / ARRAYS) as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, **pictures._asdict())
 
@@ -82,7 +92,7 @@ def read_pictures(folder: str | Path) -> Pictures | None:
         return None
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            return Pictures(**{name: stored[name] for name in Pictures._fields})
+            return Pictures(**{name: stored[name] for name in Pictures._fields if name in stored})
     except Exception as error:  # a damaged zip raises several types
         raise InputError(f"{str(path)!r} is damaged: {error}; run 'ibau defend' again") from error
 
@@ -126,6 +136,12 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:  # run from a source folder without installing
             found[package] = "unknown"
     return found
+
+
+def pixels(image: np.ndarray) -> np.ndarray:
+    """A picture [H, W, C] in [0, 1] as uint8 [H, W, 3]."""
+    found = np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
+    return np.repeat(found, 3, axis=-1) if found.shape[-1] == 1 else found
 
 
 def _plain(value: Any) -> Any:

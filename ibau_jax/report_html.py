@@ -10,7 +10,7 @@ from PIL import Image
 
 from ibau_jax.data import data_info
 from ibau_jax.files import write_text
-from ibau_jax.report import HTML, Pictures, Row, read_pictures, read_rows, text
+from ibau_jax.report import HTML, Pictures, Row, pixels, read_pictures, read_rows, text
 
 _STYLE = """
 :root { --ink: #1b1f24; --dim: #6a737d; --line: #d8dee4; --good: #1a7f37; --bad: #cf222e; }
@@ -50,6 +50,7 @@ def render(rows: list[Row], pictures: Pictures | None) -> str:
     )
     parts = [
         f"<h1>{html.escape(title)}</h1><p class=dim>{html.escape(about)}</p>",
+        _flagged(after),
         _cards(before, after),
         "<h2>Rounds</h2>",
         f"<img class=plot alt='ACC and ASR over rounds' src='{_curve(rows)}'>",
@@ -70,6 +71,16 @@ def render(rows: list[Row], pictures: Pictures | None) -> str:
         f"<title>{html.escape(title)}</title><style>{_STYLE}</style>"
         f"<body>{''.join(parts)}</body></html>\n"
     )
+
+
+def _flagged(row: Row) -> str:
+    """Which labels a defense holds for targets, where it looks for them."""
+    if row.get("flagged") is None:
+        return ""
+    names = data_info(row["dataset"]).class_names
+    found = ", ".join(f"{label} ({names[label]})" for label in row["flagged"])
+    told = f"Labels held for targets: {found}." if found else "No label stands out: none changed."
+    return f"<p>{html.escape(told)}</p>"
 
 
 def _cards(before: Row, after: Row) -> str:
@@ -149,10 +160,18 @@ def _perturbations(rows: list[Row], pictures: Pictures) -> str:
         largest = float(np.abs(delta).max()) or 1.0
         caption = f"found in round {i}: norm {text(norms.get(i), 2)}, largest {largest:.2f}"
         figures.append(_figure(0.5 + 0.5 * delta / largest, html.escape(caption)))
+    for picture, caption in zip(pictures.found, pictures.captions, strict=True):
+        figures.append(_figure(picture, html.escape(str(caption))))
+    about = ""
+    if len(pictures.deltas):
+        about = (
+            "A perturbation is scaled so that grey is zero and its largest value is white or "
+            "black. It may be any that fools the model, so it need not look like the trigger."
+        )
+    elif len(pictures.found):
+        about = "What the defense reconstructed for a label."
     return (
-        "<h2>Trigger and perturbations</h2><p class=dim>A perturbation is scaled so that grey is "
-        "zero and its largest value is white or black. I-BAU looks for any perturbation that "
-        "fools the model, so it need not look like the trigger.</p>"
+        f"<h2>Trigger and what was found</h2><p class=dim>{about}</p>"
         f"<div class=strip>{''.join(figures)}</div>"
     )
 
@@ -179,11 +198,8 @@ def _predictions(row: Row, pictures: Pictures) -> str:
 
 def _figure(image: np.ndarray, caption: str) -> str:
     """A picture [H, W, C] in [0, 1] with a caption that is HTML already."""
-    pixels = np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
-    if pixels.shape[-1] == 1:
-        pixels = np.repeat(pixels, 3, axis=-1)
     stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, "PNG")
+    Image.fromarray(pixels(image)).save(stream, "PNG")
     uri = _data_uri(stream.getvalue(), "image/png")
     return f"<figure><img alt='' src='{uri}'><figcaption>{caption}</figcaption></figure>"
 

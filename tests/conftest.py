@@ -1,14 +1,27 @@
 """Shared settings: strict arrays, a private cache, and the places of real data where there are."""
 
+import atexit
+import functools
 import os
+import shutil
+import tempfile
 from pathlib import Path
+
+# The same programs are compiled in many tests and in the commands that they start.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="ibau-jax-cache-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 import jax
 import numpy as np
 import pytest
 from hypothesis import settings
 
+from ibau_jax.attacks import Attack, Trigger, poison
 from ibau_jax.data import Dataset, load
+from ibau_jax.models import VGG
+from ibau_jax.training import TrainConfig, train
 
 settings.register_profile("ci", deadline=None, max_examples=8, derandomize=True)
 settings.load_profile("ci")
@@ -63,8 +76,6 @@ def linear():
 
 def random_variables(classes: int = 10, seed: int = 0) -> dict:
     """Flax variables of a VGG with random weights, without compiling its initialisation."""
-    from ibau_jax.models import VGG
-
     shapes = jax.eval_shape(VGG(classes).init, jax.random.key(0), jax.numpy.zeros((1, 32, 32, 3)))
     rng = np.random.default_rng(seed)
 
@@ -91,3 +102,25 @@ def digits_model(tmp_path_factory) -> Path:
         random_variables(), "vgg", 10, "digits", (make_attack("badnets", 10),), {"seed": 0}
     )
     return save_model(path, model)
+
+
+SMALL = VGG(10, widths=(8, 16), dropout=(0.0, 0.0))
+CORNER = np.zeros((16, 16, 1), np.float32)
+CORNER[12:15, 12:15] = 1
+SQUARE = Attack("square", Trigger("replace", CORNER, CORNER), 7, 10)
+
+
+def small_digits(split: str) -> Dataset:
+    """Digits as images of 16x16x1."""
+    data = load("digits", split)
+    return Dataset(np.ascontiguousarray(data.images[:, ::2, ::2, :1]), data.labels)
+
+
+@functools.cache
+def small_model(seed: int, poisoned: bool) -> dict:
+    """Variables of `SMALL` after training on small digits, with a backdoor (`SQUARE`) or not."""
+    data = small_digits("train")
+    if poisoned:
+        data, _ = poison(data, SQUARE, 0.2, seed)
+    config = TrainConfig(epochs=10, batch_size=32, rate=1e-2)
+    return train(SMALL, data, config=config, key=jax.random.key(seed))[0]

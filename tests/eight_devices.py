@@ -17,8 +17,11 @@ from ibau_jax import unlearn  # noqa: E402
 from ibau_jax.batches import make_batches, resolve  # noqa: E402
 from ibau_jax.config import PRESETS  # noqa: E402
 from ibau_jax.data import Dataset  # noqa: E402
+from ibau_jax.defenses.nad import NADConfig, nad  # noqa: E402
+from ibau_jax.defenses.neural_cleanse import NeuralCleanseConfig, neural_cleanse  # noqa: E402
+from ibau_jax.defenses.tuning import Tuning  # noqa: E402
 from ibau_jax.ibau import make_ascent, make_descent  # noqa: E402
-from ibau_jax.models import VGG, evaluation_logits  # noqa: E402
+from ibau_jax.models import VGG, Classifier, evaluation_logits  # noqa: E402
 from ibau_jax.parallel import devices  # noqa: E402
 from ibau_jax.training import TrainConfig, train  # noqa: E402
 
@@ -34,6 +37,18 @@ ROUNDS = (
     ("default", 103, "float32", (8,)),
     ("default", 3, "float64", (8,)),
 )
+
+TUNING = Tuning(epochs=1, batch_size=20)
+BASELINES = {
+    "nad": (nad, NADConfig(betas=(500.0,), teacher=TUNING, student=TUNING)),
+    # So low a threshold flags labels, which are unlearned then.
+    "neural-cleanse": (
+        neural_cleanse,
+        NeuralCleanseConfig(
+            steps=3, batches=2, batch_size=20, labels_at_once=3, threshold=0.1, tuning=TUNING
+        ),
+    ),
+}
 
 
 def cast(tree, dtype):
@@ -62,6 +77,16 @@ def epoch(count: int | None):
     data = Dataset(IMAGES, LABELS)
     found, _ = train(MODULE, data, config=CONFIG, key=KEY, devices=devices(count))
     return found
+
+
+def baseline(run, config, count: int | None, dtype=np.float64):
+    """The cleaned variables; the remainder of a batch is spread too."""
+    data = Dataset(IMAGES.astype(dtype), LABELS)
+    found = run(
+        Classifier(MODULE), cast(VARIABLES, dtype), data, config=config, key=KEY,
+        devices=devices(count),
+    )  # fmt: skip
+    return cast(found.params, np.float64), found.diagnostics
 
 
 def collectives(preset: str) -> dict[str, dict[str, int]]:
@@ -123,6 +148,12 @@ def main() -> dict:
     one = epoch(1)
     for count in (8, 5):
         found[f"train {count}"] = distance(one, epoch(count))
+    for name, (run, config) in BASELINES.items():
+        one, told = baseline(run, config, 1)
+        found[f"{name} flagged"] = len(told.get("flagged", ()))
+        found[f"{name} moved"] = distance(cast(VARIABLES, np.float64), one)
+        for count in (8, 5):
+            found[f"{name} {count}"] = distance(one, baseline(run, config, count)[0])
     return found
 
 

@@ -13,6 +13,8 @@ from PIL import Image
 from ibau_jax.attacks import Attack, Trigger, badnets_square
 from ibau_jax.checkpoint import Model, load_model, save_model
 from ibau_jax.cli import main
+from ibau_jax.defenses import neural_cleanse
+from ibau_jax.defenses.neural_cleanse import NeuralCleanseConfig
 from ibau_jax.report import ARRAYS, HTML, PARTIAL, ROWS, read_rows
 
 SMALL = ["--clean", "test[:20]", "--split", "test[760:]", "--rounds", "1"]
@@ -67,6 +69,44 @@ def test_defend_writes_everything(defended, digits_model):
     kernel = cleaned.variables["params"]["conv1"]["kernel"]
     assert np.abs(kernel - given.variables["params"]["conv1"]["kernel"]).max() > 0
     assert len(cleaned.attacks) == 1 and cleaned.info["cleaned_by"]["preset"] == "default"
+
+
+def test_a_baseline_that_finds_triggers(capsys, digits_model, tmp_path, monkeypatch):
+    quick = NeuralCleanseConfig(steps=2, batches=1, labels_at_once=10, threshold=0.1)
+    monkeypatch.setitem(neural_cleanse.PRESETS, "cpu", lambda dataset: quick)
+    small = ["--model", digits_model, *SMALL, "--out", tmp_path, "--json"]
+    status, out, _ = run(capsys, "defend", "--defense", "neural-cleanse", *small)
+    found = json.loads(out)
+    assert status == 0 and found["flagged"] and len(found["diagnostics"]["norms"]) == 10
+    assert found["preset"] == "cpu" and len(found["rounds"]) == 1
+    assert {p.name for p in (tmp_path / "found").iterdir()} == {f"label-{i}.png" for i in range(10)}
+    with Image.open(tmp_path / "found" / "label-3.png") as picture:
+        assert picture.size == (32, 32)
+    rows, page = read_rows(tmp_path), (tmp_path / HTML).read_text()
+    assert rows[1]["flagged"] == found["flagged"] and rows[1]["defense"] == "neural-cleanse"
+    label = found["flagged"][0]
+    assert f"Labels held for targets: {label} (" in page and f"label {label}: norm" in page
+    given, cleaned = load_model(digits_model), load_model(found["model"])
+    gap = cleaned.variables["batch_stats"]["conv1"]["mean"]
+    assert np.abs(gap - given.variables["batch_stats"]["conv1"]["mean"]).max() > 0
+
+
+def test_dp_sgd_trains_on_the_poisoned_set(capsys, digits_model, tmp_path):
+    command = ["defend", "--model", digits_model, "--defense", "dp-sgd", "--out", tmp_path]
+    assert "give a model file made by `ibau train`" in refused(capsys, *command)
+    status, out, _ = run(capsys, *command, *SMALL, "--poison-ratio", 0.2, "--json")
+    found = json.loads(out)
+    assert status == 0 and found["diagnostics"]["sampling_probability"] == 200 / 997
+    assert read_rows(tmp_path)[1]["poison_ratio"] == 0.2
+
+
+def test_fine_pruning_by_name_and_its_rounds(capsys, digits_model, tmp_path):
+    command = ["defend", "--model", digits_model, "--defense", "fine-pruning", "--out", tmp_path]
+    status, out, _ = run(capsys, *command, *SMALL[:4], "--rounds", 2, "--json")
+    assert status == 0 and len(json.loads(out)["rounds"]) == 3  # the first is the pruned model
+    assert "did you mean 'fine-pruning'" in refused(
+        capsys, *command[:3], "--defense", "finepruning"
+    )
 
 
 def test_evaluate_agrees_with_defend(capsys, defended):

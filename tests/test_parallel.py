@@ -51,6 +51,13 @@ def test_an_epoch_is_the_same_on_many_devices(eight, count):
     assert eight[f"train {count}"] < 1e-10
 
 
+@pytest.mark.parametrize("count", [8, 5])
+@pytest.mark.parametrize("name", ["nad", "neural-cleanse"])
+def test_a_baseline_is_the_same_on_many_devices(eight, name, count):
+    assert eight[f"{name} {count}"] < 1e-10 and eight[f"{name} moved"] > 1e-3
+    assert eight["neural-cleanse flagged"]
+
+
 def test_one_message_for_each_product(eight):
     """An ascent: one, in its loop. An outer step: one for the slope of the outer loss in delta, one
     for each product with the Hessian, one for both gradients of the parameters together."""
@@ -68,15 +75,6 @@ def test_a_differing_device_is_found(eight):
 def test_too_many_devices_are_refused():
     with pytest.raises(InputError, match="9999 devices were asked for: expected 1 to"):
         devices(9999)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-    """The processes of these tests share what they compile."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
-        patch.setenv("JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
-        yield
 
 
 def address() -> str:

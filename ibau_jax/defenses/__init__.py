@@ -1,9 +1,19 @@
 """The table of defenses: every one is called as `unlearn` is."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from ibau_jax.config import PRESETS
+from ibau_jax.defenses import (
+    dp_sgd,
+    fine_pruning,
+    nad,
+    naive,
+    neural_cleanse,
+    tabor,
+    tuning,
+)
 from ibau_jax.errors import check_name
 from ibau_jax.ibau import Result, unlearn
 
@@ -15,19 +25,42 @@ class Defense(NamedTuple):
       run: `run(logits, params, clean, config=, key=, evaluate=, on_round=, progress=,
         devices=)`.
       presets: name -> function of the data set's name -> config; the first is the default.
+      module: it is given the model as a `models.Classifier`, whose parameters are the whole
+        variables; else as a function of the trainable parameters.
+      train_set: it is also given the training set (poisoned as it is), as `train_set=`.
     """
 
     run: Callable[..., Result]
     presets: dict[str, Callable[[str], Any]]
+    module: bool = True
+    train_set: bool = False
 
 
-DEFENSES: dict[str, Defense] = {"ibau": Defense(unlearn, PRESETS)}
+DEFENSES: dict[str, Defense] = {
+    "ibau": Defense(unlearn, PRESETS, module=False),
+    "finetune": Defense(tuning.finetune, tuning.PRESETS),
+    "neural-cleanse": Defense(neural_cleanse.neural_cleanse, neural_cleanse.PRESETS),
+    "tabor": Defense(tabor.tabor, tabor.PRESETS),
+    "fine-pruning": Defense(fine_pruning.fine_pruning, fine_pruning.PRESETS),
+    "nad": Defense(nad.nad, nad.PRESETS),
+    "dp-sgd": Defense(dp_sgd.dp_sgd, dp_sgd.PRESETS, train_set=True),
+    "naive": Defense(naive.naive, naive.PRESETS),
+}
 
 
-def defense(name: str, preset: str | None, dataset: str) -> tuple[Callable[..., Result], str, Any]:
-    """The function, the preset's name and the config; unknown names raise, telling the nearest."""
+def find(name: str, preset: str | None, dataset: str) -> tuple[Defense, str, Any]:
+    """The defense, the preset's name and the config; unknown names raise, telling the nearest."""
     check_name("defense", name, DEFENSES)
-    run, presets = DEFENSES[name]
-    preset = preset or next(iter(presets))
-    check_name(f"preset of {name}", preset, presets)
-    return run, preset, presets[preset](dataset)
+    found = DEFENSES[name]
+    preset = preset or next(iter(found.presets))
+    check_name(f"preset of {name}", preset, found.presets)
+    return found, preset, found.presets[preset](dataset)
+
+
+def with_rounds(config: Any, rounds: int) -> Any:
+    """A config whose history has so many rounds (of Fine-Pruning: after the pruned model)."""
+    for name in ("rounds", "epochs"):
+        if hasattr(config, name):
+            return replace(config, **{name: rounds})
+    name = "student" if hasattr(config, "student") else "tuning"
+    return replace(config, **{name: replace(getattr(config, name), epochs=rounds)})

@@ -47,9 +47,9 @@ class NeuralCleanseConfig:
     batches: int = 5
     batch_size: int = 32
     rate: float = 0.1
-    cost: float = 1e-3
+    cost: float = 1e-2
     patience: int = 2
-    multiplier: float = 2.0
+    multiplier: float = 1.5
     success: float = 0.99
     labels_at_once: int | None = None
     threshold: float = 2.0
@@ -63,7 +63,9 @@ class NeuralCleanseConfig:
 
 PRESETS = {
     "cpu": lambda dataset: NeuralCleanseConfig(),
-    "paper": lambda dataset: NeuralCleanseConfig(steps=1000, batches=31, patience=5),
+    "paper": lambda dataset: NeuralCleanseConfig(
+        steps=1000, batches=31, cost=1e-3, patience=5, multiplier=2.0
+    ),
 }
 
 

@@ -43,14 +43,17 @@ class TaborConfig:
       adaptive: scale all weights together while the search goes on, up while the trigger works
         and down while it does not, as the paper describes it; else they are fixed.
       scale: factor of the weights at the start.
-      steps, batches, batch_size, rate, patience, multiplier, success, labels_at_once,
-        threshold, share, tuning: see `neural_cleanse.NeuralCleanseConfig`.
+      steps, batches, batch_size, rate, patience, multiplier, success, labels_at_once, share,
+        tuning: see `neural_cleanse.NeuralCleanseConfig`.
       score: `metric` (the paper's) or `norm` (of the mask, as in Neural Cleanse).
+      threshold: of the anomaly index. The paper's 2 flags a label of many a clean model, as the
+        logarithms of the metric lie close together; 3.5 is the usual cut for this index (Iglewicz
+        and Hoaglin, "How to detect and handle outliers", 1993).
     """
 
     weights: tuple[float, ...] = (1e-3, 1e-3, 1e-4, 1e-4, 0.0, 1e-2)
     adaptive: bool = True
-    scale: float = 1.0
+    scale: float = 10.0
     steps: int = 60
     batches: int = 5
     batch_size: int = 32
@@ -60,7 +63,7 @@ class TaborConfig:
     success: float = 0.99
     labels_at_once: int | None = None
     score: str = "metric"
-    threshold: float = 2.0
+    threshold: float = 3.5
     share: float = 0.2
     tuning: Tuning = Tuning(epochs=1)  # noqa: RUF009  (frozen)
 
@@ -77,7 +80,9 @@ class TaborConfig:
     def paper(cls, dataset: str = "cifar10") -> "TaborConfig":
         """30 passes over 5000 images, fixed weights (as TrojanZoo, probably what I-BAU ran)."""
         del dataset
-        return cls(weights=TROJANZOO, adaptive=False, steps=30, batches=156)
+        return cls(
+            weights=TROJANZOO, adaptive=False, scale=1.0, steps=30, batches=156, threshold=2.0
+        )
 
 
 PRESETS = {"cpu": lambda dataset: TaborConfig(), "paper": TaborConfig.paper}

@@ -1,0 +1,133 @@
+"""Every defense on three of the published models, beside the paper's figures.
+
+    python experiments/baselines.py run --reference DIR [--defenses nad naive] [--models BadNets]
+    python experiments/baselines.py table
+
+`run` needs CIFAR-10 and GTSRB (TFDS_DATA_DIR) and the folder of the published checkpoints. Each
+defense runs with its default preset (of I-BAU `default`, of the others `cpu`). The rows of each
+run are written to `experiments/results/baselines.jsonl` as it ends; what is there already is left
+out, so it can be stopped and started again.
+"""
+
+import tempfile
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from published_models import import_model, read
+
+from ibau_jax import pipeline
+from ibau_jax.defenses import DEFENSES
+from ibau_jax.errors import check_name
+from ibau_jax.report import read_rows, write_rows
+
+RESULTS = Path(__file__).parent / "results" / "baselines.jsonl"
+POISON_RATIO = 0.2  # of the published models
+# ACC and ASR in %: Table 1 for CIFAR-10, Table 2 for GTSRB (which has neither NC nor DI).
+PAPER = {
+    "BadNets": {
+        "neural-cleanse": (83.42, 8.76),
+        "deepinspect": (82.12, 48.50),
+        "tabor": (83.78, 8.12),
+        "fine-pruning": (82.22, 96.66),
+        "nad": (78.72, 11.66),
+        "dp-sgd": (11.08, 21.77),
+        "ibau": (83.35, 12.30),
+    },
+    "Trojan WM": {
+        "neural-cleanse": (81.76, 6.02),
+        "deepinspect": (82.88, 7.24),
+        "tabor": (82.60, 49.26),
+        "fine-pruning": (81.64, 99.88),
+        "nad": (56.84, 0.82),
+        "dp-sgd": (15.21, 32.89),
+        "ibau": (83.58, 3.42),
+    },
+    "GTSRB BadNets": {
+        "tabor": (98.99, 4.16),
+        "fine-pruning": (99.34, 60.19),
+        "nad": (15.19, 9.08),
+        "dp-sgd": (6.46, 100.0),
+        "ibau": (99.38, 3.32),
+    },
+}
+
+
+@dataclass
+class Run:
+    """Which cells."""
+
+    reference: Path
+    """Folder of the published models (checkpoints/, triggers/)."""
+    defenses: tuple[str, ...] = tuple(DEFENSES)
+    models: tuple[str, ...] = tuple(PAPER)
+    seeds: tuple[int, ...] = (0,)
+    out: Path = RESULTS
+    again: bool = False
+    """Measure anew what is there already."""
+
+
+def run(grid: Run) -> None:
+    """Fill the grid."""
+    cells = [(m, d, s) for s in grid.seeds for d in grid.defenses for m in grid.models]
+    for name, defense, seed in cells:
+        check_name("model", name, PAPER)
+        cell = name, defense, seed
+        if not grid.again and any(key(row) == cell for row in read(grid.out)):
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            model = import_model(grid.reference, name, Path(folder))
+            pipeline.defend(
+                model,
+                defense,
+                seed=seed,
+                out=Path(folder) / "run",
+                poison_ratio=POISON_RATIO,
+                experiment=name,
+                progress=True,
+            )
+            rows = read_rows(Path(folder) / "run")
+        write_rows(grid.out, [*(row for row in read(grid.out) if key(row) != cell), *rows])
+        last = rows[-1]
+        print(*cell, *(round(last[k], 4) for k in ("acc", "asr", "asr_excl")), flush=True)
+
+
+def key(row: dict) -> tuple:
+    return row["experiment"], row["defense"], row["seed"]
+
+
+def table() -> None:
+    """Print the table (Markdown): seed 0, after the last round."""
+    runs = defaultdict(list)
+    for row in read(RESULTS):
+        runs[key(row)].append(row)
+    print(
+        "| model | defense | ACC | paper | ASR | paper | ASR excl. | RA | DER | flagged | seconds |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    for name, paper in PAPER.items():
+        for defense in ("none", *DEFENSES):
+            rows = runs.get((name, "ibau" if defense == "none" else defense, 0))
+            if rows is None:
+                continue
+            row = rows[0] if defense == "none" else rows[-1]
+            acc, asr = paper.get(defense, (None, None))
+            values = [
+                *(f"{row['acc']:.3f}", percent(acc), f"{row['asr']:.3f}", percent(asr)),
+                *(f"{row['asr_excl']:.3f}", f"{row['ra']:.3f}"),
+                "" if row["der"] is None else f"{row['der']:.3f}",
+                ", ".join(map(str, row["flagged"])) or "×" if "flagged" in row else "",
+                "" if defense == "none" else f"{sum(r['seconds'] for r in rows):.0f}",
+            ]
+            print(f"| {name} | {defense} | {' | '.join(values)} |")
+
+
+def percent(value: float | None) -> str:
+    return "" if value is None else f"{value / 100:.3f}"
+
+
+if __name__ == "__main__":
+    commands = {"run": run, "table": table}
+    flat = (tyro.conf.OmitArgPrefixes,)
+    tyro.extras.subcommand_cli_from_dict(commands, description=__doc__, config=flat)

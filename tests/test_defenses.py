@@ -1,0 +1,392 @@
+"""The baselines: one contract for all of them, and each does its work on a small model."""
+
+import json
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import SMALL, SQUARE, small_digits, small_model
+
+from ibau_jax import Dataset, InputError
+from ibau_jax.attacks import poison
+from ibau_jax.defenses import DEFENSES, find, with_rounds
+from ibau_jax.defenses.common import Frozen
+from ibau_jax.defenses.fine_pruning import FinePruningConfig, cutter, fine_pruning, prune
+from ibau_jax.defenses.nad import NADConfig, attention, augment, distillation, nad
+from ibau_jax.defenses.neural_cleanse import CostSchedule, NeuralCleanseConfig, neural_cleanse
+from ibau_jax.defenses.reverse import Step, decode, draw, stamp
+from ibau_jax.defenses.tabor import (
+    LowestLoss,
+    TaborConfig,
+    blocking,
+    elastic_net,
+    overlaying,
+    overly_large,
+    roughness,
+    scattered,
+    tabor,
+    tabor_score,
+)
+from ibau_jax.defenses.triggers import low_outliers, with_stamps
+from ibau_jax.defenses.tuning import Tuning, finetune
+from ibau_jax.metrics import evaluator
+from ibau_jax.models import Classifier
+
+KEY = jax.random.key(0)
+MODEL = Classifier(SMALL)
+ONE = Tuning(epochs=1, batch_size=32)
+SEARCH = {"steps": 40, "batches": 3, "labels_at_once": 10, "tuning": replace(ONE, epochs=2)}
+QUICK = {  # of each baseline, settings for the contract
+    "finetune": ONE,
+    "neural-cleanse": NeuralCleanseConfig(steps=3, batches=1, labels_at_once=4, tuning=ONE),
+    "tabor": TaborConfig(steps=3, batches=1, labels_at_once=4, tuning=ONE),
+    "fine-pruning": FinePruningConfig(tuning=ONE),
+    "nad": NADConfig(betas=(500.0, 1000.0), teacher=ONE, student=ONE),
+}
+
+
+def clean() -> Dataset:
+    return small_digits("test[:400]")
+
+
+def measure(variables) -> dict:
+    return evaluator(MODEL, small_digits("test[400:]"), [SQUARE])(variables).row()
+
+
+def same(one, two):
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_contract(name):
+    """Arguments and result are those of `unlearn`, and the seed decides."""
+    variables, seen = small_model(0, True), []
+    run = DEFENSES[name].run
+    found = run(
+        MODEL, variables, clean(), config=QUICK[name], key=KEY,
+        evaluate=lambda values: {"acc": measure(values)["acc"]}, on_round=seen.append,
+    )  # fmt: skip
+    assert [r["round"] for r in seen] == list(range(len(seen))) and found.history == seen[1:]
+    assert seen[0]["acc"] > 0.95 and all({"acc", "seconds"} <= set(r) for r in seen)
+    assert found.seconds == pytest.approx(sum(r["seconds"] for r in seen)) and found.seconds > 0
+    assert found.compile_seconds > 0 and found.deltas.shape[0] == 0
+    assert jax.tree.structure(found.params) == jax.tree.structure(variables)
+    kinds = jax.tree.map(lambda a: (a.shape, a.dtype), (found.params, variables))
+    assert kinds[0] == kinds[1]
+    json.dumps(dict(found.diagnostics), allow_nan=False)
+    for picture in found.found.values():
+        assert picture.shape == (16, 16, 1) and 0 <= picture.min() <= picture.max() <= 1
+    again = run(MODEL, variables, clean(), config=QUICK[name], key=KEY)
+    same(again.params, found.params)
+
+
+def test_presets_and_rounds():
+    for name, entry in DEFENSES.items():
+        assert name == "ibau" or set(entry.presets) == {"cpu", "paper"}
+        for preset in entry.presets:
+            for dataset in ("cifar10", "gtsrb", "digits"):
+                _, used, config = find(name, preset, dataset)
+                assert used == preset and with_rounds(config, 7) != config
+    with pytest.raises(InputError, match="did you mean 'neural-cleanse'"):
+        find("neural_cleanse", None, "cifar10")
+    with pytest.raises(InputError, match="unknown preset of nad 'papers'"):
+        find("nad", "papers", "cifar10")
+
+
+@pytest.mark.parametrize("run", [fine_pruning, nad])
+def test_a_plain_function_is_refused_where_the_inside_is_needed(run, linear):
+    logits, params, data = linear
+    with pytest.raises(InputError, match="expected a flax module as ibau_jax.models.Classifier"):
+        run(logits, params, data, key=KEY)
+
+
+def test_a_plain_function_is_fine_elsewhere(linear):
+    logits, params, data = linear
+    tuned = finetune(logits, params, data, config=replace(ONE, batch_size=8), key=KEY)
+    assert set(tuned.params) == {"w", "b"} and np.abs(tuned.params["w"] - params["w"]).max() > 0
+    config = NeuralCleanseConfig(steps=3, batches=2, batch_size=8, tuning=replace(ONE, rate=1e-3))
+    found = neural_cleanse(logits, params, data, config=config, key=KEY)
+    assert set(found.params) == {"w", "b"} and len(found.diagnostics["norms"]) == 3
+
+
+# --- the rule of outliers, and stamping
+
+
+def test_low_outliers_by_hand():
+    scores = np.array([10.0, 11, 12, 13, 14, 1])  # an even number: the median is 11.5
+    found = low_outliers(scores)
+    spread = 1.4826 * 1.5  # the distances are 1.5 .5 .5 1.5 2.5 10.5
+    np.testing.assert_allclose(found.index, np.abs(scores - 11.5) / spread)
+    assert found.flagged == [5]
+    assert low_outliers(-scores).flagged == []  # far above the others is no sign of a backdoor
+    assert low_outliers(np.array([2.0, 2, 2, 1])).flagged == [3]  # no spread at all
+    assert low_outliers(np.full(10, 3.0)).flagged == []
+    missing = low_outliers(np.array([10.0, np.nan, 11, 12, 13, 14, 1]))
+    assert missing.flagged == [6] and np.isnan(missing.index[1])
+    with pytest.raises(InputError, match="2 labels with a score: expected at least 3"):
+        low_outliers(np.array([1.0, 2.0, np.nan]))
+
+
+def test_stamps_share_the_images_and_keep_the_labels():
+    data = Dataset(np.full((100, 4, 4, 1), 0.5, np.float32), np.arange(100).astype(np.int32))
+    rng = np.random.default_rng(0)
+    stamped = with_stamps(data, [lambda x: x + 0.1, lambda x: x + 9], 0.2, rng)
+    values = stamped.images[:, 0, 0, 0]
+    assert [np.sum(np.isclose(values, v)) for v in (0.5, 0.6, 1.0)] == [80, 10, 10]
+    same(stamped.labels, data.labels)
+    assert np.all(data.images == 0.5), "the clean set itself is not touched"
+
+
+# --- Neural Cleanse
+
+
+@pytest.mark.parametrize("seed", [0, 2, 4])
+@pytest.mark.parametrize(
+    ("run", "settings"), [(neural_cleanse, NeuralCleanseConfig), (tabor, TaborConfig)]
+)
+def test_the_backdoor_is_found_and_unlearned(run, settings, seed):
+    variables = small_model(seed, True)
+    found = run(
+        MODEL, variables, clean(), config=settings(**SEARCH), key=jax.random.key(seed),
+        evaluate=measure,
+    )  # fmt: skip
+    assert found.diagnostics["flagged"] == [SQUARE.target]
+    assert found.history[-1]["asr"] < 0.35 and found.history[-1]["acc"] > 0.94
+    assert [name for name in found.found if "flagged" in name][0].startswith("label 7:")
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("run", "settings"), [(neural_cleanse, NeuralCleanseConfig), (tabor, TaborConfig)]
+)
+def test_nothing_is_found_in_a_clean_model(run, settings, seed):
+    variables = small_model(seed, False)
+    config = settings(**SEARCH)
+    found = run(MODEL, variables, clean(), config=config, key=jax.random.key(seed))
+    assert found.diagnostics["flagged"] == []
+    same(found.params, variables)
+
+
+def test_labels_at_once_do_not_change_what_is_found():
+    variables, norms = small_model(0, True), []
+    for at_once in (1, 4, 10):  # 4 does not divide 10
+        config = NeuralCleanseConfig(steps=2, batches=1, labels_at_once=at_once, tuning=ONE)
+        found = neural_cleanse(MODEL, variables, clean(), config=config, key=KEY)
+        norms.append(found.diagnostics["norms"])
+    np.testing.assert_allclose(norms[1], norms[0], rtol=1e-4)
+    np.testing.assert_allclose(norms[2], norms[0], rtol=1e-4)
+
+
+def test_the_cost_goes_up_and_down_and_the_search_ends():
+    schedule = CostSchedule(initial=1.0, patience=2, multiplier=4.0, success=0.9)
+
+    def steps(*pairs):
+        return [
+            (schedule.after(Step(0.0, success, norm)), schedule.cost) for success, norm in pairs
+        ]
+
+    assert steps((0.5, 9), (1.0, 8)) == [(False, 0.0), (True, 0.0)]
+    assert steps((1.0, 8.5)) == [(False, 1.0)]  # worked twice in a row: the cost counts now
+    assert steps((1.0, 7), (1.0, 6)) == [(True, 4.0), (True, 4.0)]
+    assert steps((0.2, 1), (0.2, 1)) == [(False, 4.0), (False, 0.5)]  # down by 4^1.5
+    assert not schedule.ended
+    steps(*[(1.0, 6.0)] * 7)
+    assert not schedule.ended, "stale for 9 steps"
+    steps((1.0, 6.0))
+    assert schedule.ended and schedule.best == 6
+
+
+def test_numbers_stay_in_the_unit_interval():
+    mask, pattern = decode(draw(KEY, (5, 4, 3)))
+    assert mask.shape == (5, 4, 1) and pattern.shape == (5, 4, 3)
+    for values in (mask, pattern):
+        assert 0 <= values.min() < 0.2 and 0.8 < values.max() <= 1
+    extreme = decode(jnp.array([-1e9, 0.0, 1e9]))
+    np.testing.assert_allclose(extreme, [0, 0.5, 1], atol=1e-6)
+    image = np.full((1, 5, 4, 3), 0.25)
+    np.testing.assert_array_equal(stamp(image, np.zeros((5, 4, 1)), pattern), image)
+    np.testing.assert_array_equal(stamp(image, np.ones((5, 4, 1)), pattern)[0], pattern)
+
+
+# --- TABOR
+
+
+def test_regularisers_by_hand():
+    mask = np.array([[[0.5], [1.0]], [[0.0], [0.25]]])
+    pattern = np.array([[[1.0], [0.2]], [[0.4], [0.8]]])
+    outside = (1 - mask) * pattern  # .5 0 / .4 .6
+    assert float(elastic_net(mask)) == pytest.approx(1.75 + 1.3125)
+    assert float(elastic_net(-mask)) == pytest.approx(1.75 + 1.3125)
+    # down: (0 - .5)^2 + (.25 - 1)^2; right: (1 - .5)^2 + (.25 - 0)^2
+    assert float(roughness(mask)) == pytest.approx(0.25 + 0.5625 + 0.25 + 0.0625)
+    weights = (2.0, 3.0, 5.0, 7.0, 0.0, 0.0)
+    expected = 2 * 3.0625 + 3 * (1.5 + 0.25 + 0.16 + 0.36)
+    assert float(overly_large(mask, pattern, weights)) == pytest.approx(expected)
+    rough = 0.01 + 0.36 + 0.25 + 0.04
+    assert float(roughness(outside)) == pytest.approx(rough)
+    assert float(scattered(mask, pattern, weights)) == pytest.approx(5 * 1.125 + 7 * rough)
+
+
+def test_blocking_and_overlaying_by_hand(linear):
+    logits, params, data = linear
+    mask = np.zeros((6, 5, 1), np.float32)
+    mask[2:4, 1:3] = 1
+    model, variables = Frozen(logits), {"params": params}
+    entropy = optax.losses.softmax_cross_entropy_with_integer_labels
+    cut = np.array(data.images)
+    cut[:, 2:4, 1:3] = 0
+    np.testing.assert_allclose(
+        blocking(model, variables, mask, data.images, data.labels),
+        entropy(logits(params, cut), data.labels), rtol=1e-5,
+    )  # fmt: skip
+    alone = np.zeros((1, 6, 5, 2), np.float32)
+    alone[:, 2:4, 1:3] = 0.7
+    np.testing.assert_allclose(
+        overlaying(model, variables, mask, np.full((6, 5, 2), 0.7, np.float32), jnp.int32(1)),
+        entropy(logits(params, alone), np.array([1]))[0], rtol=1e-5,
+    )  # fmt: skip
+
+
+def test_the_score_of_tabor_by_hand():
+    region = np.zeros((4, 4), bool)
+    region[1:3, 1:3] = True  # a border of 8 pairs
+    expected = np.log(4 / 16) + np.log(8 / 12) - np.log(0.9) - np.log(1.0) - np.log(0.5)
+    assert tabor_score(region, 0.9, 1.0, 0.5) == pytest.approx(expected)
+    assert tabor_score(region, 0.9, 1.0, 0.0) == pytest.approx(
+        expected + np.log(0.5) - np.log(1e-3)
+    )
+    assert np.isnan(tabor_score(np.zeros((4, 4), bool), 1, 1, 1)), "nothing is not the smallest"
+    assert np.isnan(tabor_score(np.ones((4, 4), bool), 1, 1, 1))
+
+
+def test_fixed_weights_keep_the_lowest_loss():
+    schedule = LowestLoss(2.0)
+    losses = (3.0, 4.0, 2.0)
+    assert [schedule.after(Step(x, 0.0, 0.0)) for x in losses] == [True, False, True]
+    assert schedule.cost == 2.0 and not schedule.ended
+
+
+# --- Fine-Pruning
+
+
+def test_pruning_is_a_mask_after_the_nonlinearity():
+    """The model with cut channels equals the one whose activations are masked."""
+    variables, data = small_model(2, True), clean()
+    kept, activity, order, accuracy = prune(MODEL, variables, data, 0.2)
+    assert 0 < len(order) == (~kept).sum() and set(order) == set(np.flatnonzero(~kept))
+    _, maps = MODEL.look(variables, data.images)
+    last = np.asarray(maps[-1])
+    np.testing.assert_allclose(activity, np.maximum(last, 0).mean((0, 1, 2)), rtol=1e-4)
+    assert list(order) == list(np.argsort(activity)[: len(order)])
+    head = variables["params"]["classifier"]
+
+    def logits(kept):
+        masked = last * kept
+        n, h, w, c = masked.shape
+        pooled = masked.reshape(n, h // 2, 2, w // 2, 2, c).max((2, 4)).reshape(n, -1)
+        return pooled @ head["kernel"] + head["bias"]
+
+    cut = {**variables, "params": cutter(kept)(variables["params"])}
+    np.testing.assert_allclose(MODEL(cut, data.images), logits(kept), rtol=1e-3, atol=1e-3)
+    assert accuracy == np.mean(logits(kept).argmax(-1) == data.labels)
+    whole = np.mean(logits(np.ones(16)).argmax(-1) == data.labels)
+    assert accuracy >= whole - 0.2
+    further = kept.copy()
+    further[np.argsort(activity)[len(order)]] = False
+    assert np.mean(logits(further).argmax(-1) == data.labels) < whole - 0.2, "one more is too many"
+
+
+def test_fine_pruning_lowers_the_asr_and_the_mask_stays():
+    variables = small_model(2, True)
+    config = FinePruningConfig(tuning=Tuning(epochs=2, batch_size=32, optimizer="adam", rate=1e-3))
+    found = fine_pruning(MODEL, variables, clean(), config=config, key=KEY, evaluate=measure)
+    assert found.history[-1]["asr"] < 0.6 and found.history[-1]["acc"] > 0.9
+    kernel = np.asarray(found.params["params"]["classifier"]["kernel"]).reshape(-1, 16, 10)
+    zero = np.flatnonzero(~kernel.any((0, 2)))
+    assert sorted(found.diagnostics["pruned"]) == list(zero) and len(zero)
+
+
+def test_a_clean_set_that_cannot_be_divided_is_refused():
+    with pytest.raises(InputError, match="1 clean images, 0 of them to prune by"):
+        fine_pruning(MODEL, small_model(2, True), small_digits("test[:1]"), key=KEY)
+
+
+# --- NAD
+
+
+def test_distillation_lowers_the_asr():
+    # Mirrored digits are other pictures, as mirrored traffic signs are.
+    config = NADConfig(
+        betas=(500.0, 1000.0), crop=2, flip=False,
+        teacher=replace(ONE, epochs=2), student=replace(ONE, epochs=3),
+    )  # fmt: skip
+    found = nad(MODEL, small_model(4, True), clean(), config=config, key=KEY, evaluate=measure)
+    assert found.history[-1]["asr"] < 0.5 and found.history[-1]["acc"] > 0.93
+    assert 0 <= found.diagnostics["teacher"]["acc"] <= 1
+
+
+def test_attention_by_hand():
+    maps = np.random.default_rng(0).normal(size=(3, 4, 5, 6))
+    expected = (maps**2).sum(-1)
+    expected /= np.sqrt((expected**2).sum((1, 2), keepdims=True))
+    np.testing.assert_allclose(attention(maps), expected, rtol=1e-4)
+    assert np.isfinite(attention(np.zeros((1, 2, 2, 3)))).all()
+
+
+def test_a_student_equal_to_its_teacher_pays_cross_entropy_alone():
+    variables, data = small_model(0, True), small_digits("test[:16]")
+    config = NADConfig(betas=(500.0, 1000.0), crop=0, flip=False, cutout=0)
+    params, others = variables["params"], {"batch_stats": variables["batch_stats"]}
+
+    class Evaluated(Classifier):  # as the teacher, in evaluation mode
+        def train(self, variables, images, key, weights=None, axis=None):
+            return *self.look(variables, images), {"batch_stats": variables["batch_stats"]}
+
+    values = [
+        distillation(Evaluated(SMALL), config, None, teacher)(
+            params, others, data.images, data.labels, None, KEY
+        )[0]
+        for teacher in (None, variables, small_model(2, True))
+    ]
+    assert values[0] == pytest.approx(values[1]) and values[2] > values[0] + 0.01
+
+
+def test_augmentation():
+    images = np.random.default_rng(0).uniform(0.1, 1, (64, 8, 8, 2)).astype(np.float32)
+    same(augment(KEY, images, 0, False, 0), images)
+    flipped = np.asarray(augment(KEY, images, 0, True, 0))
+    mirrored = [np.array_equal(f, i[:, ::-1]) for f, i in zip(flipped, images, strict=True)]
+    kept = [np.array_equal(f, i) for f, i in zip(flipped, images, strict=True)]
+    assert sum(mirrored) + sum(kept) == 64 and 16 < sum(mirrored) < 48
+    holes = (np.asarray(augment(KEY, images, 0, False, 2)) == 0).all(-1).sum((1, 2))
+    assert set(holes) <= {1, 2, 4} and (holes == 4).sum() > 32
+    shifted = np.asarray(augment(KEY, images, 2, False, 0))
+    first = images[0]
+    padded = np.pad(first, ((2, 2), (2, 2), (0, 0)))
+    windows = [padded[i : i + 8, j : j + 8] for i in range(5) for j in range(5)]
+    assert sum(np.array_equal(shifted[0], w) for w in windows) == 1
+
+
+def test_wrong_settings_are_refused():
+    with pytest.raises(InputError, match="six numbers"):
+        TaborConfig(weights=(1.0,))
+    with pytest.raises(InputError, match="did you mean 'metric'"):
+        TaborConfig(score="metrics")
+    with pytest.raises(InputError, match="part is 1.0: expected a share below 1"):
+        FinePruningConfig(part=1.0)
+    with pytest.raises(InputError, match="rate is 0: expected a positive number"):
+        Tuning(rate=0)
+    with pytest.raises(InputError, match="shows 2 maps: expected 3, one for each of betas"):
+        nad(MODEL, small_model(0, True), clean(), key=KEY)
+    with pytest.raises(InputError, match="fine-tuning: the loss is nan.*choose a smaller one"):
+        wild = replace(ONE, rate=1e30)
+        finetune(MODEL, small_model(0, True), clean(), config=wild, key=KEY)
+
+
+def test_poisoned_small_model_has_its_backdoor():
+    assert measure(small_model(0, True))["asr_excl"] > 0.95
+    assert measure(small_model(0, False))["asr_excl"] < 0.05
+    assert poison(small_digits("train"), SQUARE, 0.2, 0)[1].sum() == 199
