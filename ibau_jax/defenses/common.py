@@ -90,10 +90,6 @@ class Run:
             yield
         self.compile_seconds += time.perf_counter() - started
 
-    def compiled(self, seconds: float) -> None:
-        self.compile_seconds += seconds
-        self._since += seconds
-
     @contextlib.contextmanager
     def paused(self):
         """Stop the clock for a while."""

@@ -14,7 +14,6 @@ the first one of 500 images sends three quarters of what it fools to class 2 and
 So it lies in the method that ASR falls slowly and erratically.
 """
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -134,9 +133,8 @@ def naive(
     zero, first = devices.replicate((jnp.zeros_like(clean.images[0]), np.int32(0)))
     descent = make_descent(frozen, outer, optimizer, devices.axis)
     descend = run.compile(devices, descent, state, zero, batches, first, rows=(2,))
-    started = time.perf_counter()
-    search = make_search(frozen, devices.one(state[0]), clean.images[:count], config.universal)
-    run.compiled(time.perf_counter() - started)
+    with run.compiling():
+        search = make_search(frozen, devices.one(state[0]), clean.images[:count], config.universal)
 
     deltas: list[np.ndarray] = []
     in_search = config.universal.passes * chunks(count)
