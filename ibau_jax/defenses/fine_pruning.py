@@ -36,7 +36,7 @@ class FinePruningConfig:
 
     drop: float = 0.2
     part: float = 0.2
-    tuning: Tuning = Tuning(epochs=2, optimizer="adam", rate=1e-3)  # noqa: RUF009  (frozen)
+    tuning: Tuning = Tuning(epochs=5, optimizer="adam", rate=1e-3)  # noqa: RUF009  (frozen)
 
     def __post_init__(self):
         check_positive(self, "drop", "part")
