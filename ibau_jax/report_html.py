@@ -100,14 +100,17 @@ def _cards(before: Row, after: Row) -> str:
 
 
 def _table(rows: list[Row]) -> str:
-    names = ("round", "ACC", "ASR", "ASR excl.", "RA", "DER", "|delta|", "residual", "seconds")
-    head = "".join(f"<th>{n}</th>" for n in names)
+    columns = (
+        *(("acc", "ACC", 3), ("asr", "ASR", 3), ("asr_excl", "ASR excl.", 3), ("ra", "RA", 3)),
+        *(("der", "DER", 3), ("delta_norm", "|delta|", 2), ("residual", "residual", 3)),
+        ("seconds", "seconds", 1),
+    )
+    shown = [c for c in columns if any(row.get(c[0]) is not None for row in rows)]
+    head = "".join(f"<th>{name}</th>" for name in ("round", *(name for _, name, _ in shown)))
     body = []
     for row in rows:
         cells = ["before" if row["round"] == 0 else str(row["round"])]
-        cells += [text(row.get(k)) for k in ("acc", "asr", "asr_excl", "ra", "der")]
-        cells += [text(row.get("delta_norm"), 2), text(row.get("residual"), 3)]
-        cells += [text(row.get("seconds"), 1)]
+        cells += [text(row.get(key), digits) for key, _, digits in shown]
         body.append("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in cells) + "</tr>")
     return f"<table><tr>{head}</tr>{''.join(body)}</table>"
 

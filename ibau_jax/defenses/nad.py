@@ -40,8 +40,8 @@ class NADConfig:
     """
 
     betas: tuple[float, ...] = (500.0, 1000.0, 1000.0)
-    teacher: Tuning = Tuning(epochs=2, batch_size=64, nesterov=True, decay=1e-4)  # noqa: RUF009
-    student: Tuning = Tuning(epochs=4, batch_size=64, nesterov=True, decay=1e-4)  # noqa: RUF009
+    teacher: Tuning = replace(SGD, epochs=2, drops=((1, 0.2),))  # noqa: RUF009  (frozen)
+    student: Tuning = replace(SGD, epochs=4, drops=((2, 0.1),))  # noqa: RUF009
     crop: int = 4
     flip: bool = True
     cutout: int = 2
@@ -55,7 +55,11 @@ class NADConfig:
 
     @classmethod
     def cpu(cls, dataset: str = "cifar10") -> "NADConfig":
-        """Few epochs with a rate that the small VGG bears, and no mirrored traffic signs."""
+        """A fifth of the epochs, and no mirrored traffic signs.
+
+        The rate is the original's: a third of it left the backdoor of the authors' BadNets model
+        (ASR 0.86 after two epochs of the student), though it costs less accuracy.
+        """
         return cls(flip=dataset == "cifar10")
 
     @classmethod
