@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from ibau_jax.config import PRESETS
 from ibau_jax.defenses import (
+    deepinspect,
     dp_sgd,
     fine_pruning,
     nad,
@@ -40,6 +41,7 @@ DEFENSES: dict[str, Defense] = {
     "ibau": Defense(unlearn, PRESETS, module=False),
     "finetune": Defense(tuning.finetune, tuning.PRESETS),
     "neural-cleanse": Defense(neural_cleanse.neural_cleanse, neural_cleanse.PRESETS),
+    "deepinspect": Defense(deepinspect.deepinspect, deepinspect.PRESETS),
     "tabor": Defense(tabor.tabor, tabor.PRESETS),
     "fine-pruning": Defense(fine_pruning.fine_pruning, fine_pruning.PRESETS),
     "nad": Defense(nad.nad, nad.PRESETS),
