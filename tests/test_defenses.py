@@ -28,7 +28,6 @@ from ibau_jax.defenses.tabor import (
     overly_large,
     roughness,
     scattered,
-    tabor,
     tabor_score,
 )
 from ibau_jax.defenses.triggers import low_outliers, with_stamps
@@ -40,6 +39,11 @@ KEY = jax.random.key(0)
 MODEL = Classifier(SMALL)
 ONE = Tuning(epochs=1, batch_size=32)
 SEARCH = {"steps": 40, "batches": 3, "labels_at_once": 10, "tuning": replace(ONE, epochs=2)}
+FINDERS = {  # settings that do the job on a small model
+    "neural-cleanse": NeuralCleanseConfig(**SEARCH),
+    "tabor": TaborConfig(**SEARCH),
+    "deepinspect": DeepInspectConfig(steps=400, allowance=5.0, tuning=replace(ONE, epochs=2)),
+}
 QUICK = {  # of each baseline, settings for the contract
     "finetune": ONE,
     "neural-cleanse": NeuralCleanseConfig(steps=3, batches=1, labels_at_once=4, tuning=ONE),
@@ -146,28 +150,22 @@ def test_stamps_share_the_images_and_keep_the_labels():
 
 
 @pytest.mark.parametrize("seed", [0, 2, 4])
-@pytest.mark.parametrize(
-    ("run", "settings"), [(neural_cleanse, NeuralCleanseConfig), (tabor, TaborConfig)]
-)
-def test_the_backdoor_is_found_and_unlearned(run, settings, seed):
-    variables = small_model(seed, True)
-    found = run(
-        MODEL, variables, clean(), config=settings(**SEARCH), key=jax.random.key(seed),
-        evaluate=measure,
-    )  # fmt: skip
+@pytest.mark.parametrize("name", FINDERS)
+def test_the_backdoor_is_found_and_unlearned(name, seed):
+    """The right label and no other. (Models 1, 3 and 5 are harder: there some defense misses.)"""
+    variables, key = small_model(seed, True), jax.random.key(seed)
+    run = DEFENSES[name].run
+    found = run(MODEL, variables, clean(), config=FINDERS[name], key=key, evaluate=measure)
     assert found.diagnostics["flagged"] == [SQUARE.target]
     assert found.history[-1]["asr"] < 0.35 and found.history[-1]["acc"] > 0.94
     assert [name for name in found.found if "flagged" in name][0].startswith("label 7:")
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize(
-    ("run", "settings"), [(neural_cleanse, NeuralCleanseConfig), (tabor, TaborConfig)]
-)
-def test_nothing_is_found_in_a_clean_model(run, settings, seed):
-    variables = small_model(seed, False)
-    config = settings(**SEARCH)
-    found = run(MODEL, variables, clean(), config=config, key=jax.random.key(seed))
+@pytest.mark.parametrize("name", FINDERS)
+def test_nothing_is_found_in_a_clean_model(name, seed):
+    variables, key = small_model(seed, False), jax.random.key(seed)
+    found = DEFENSES[name].run(MODEL, variables, clean(), config=FINDERS[name], key=key)
     assert found.diagnostics["flagged"] == []
     same(found.params, variables)
 

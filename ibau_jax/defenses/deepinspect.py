@@ -66,7 +66,7 @@ class DeepInspectConfig:
     threshold: float = 2.0
     ratio: float = 0.5
     share: float = 0.2
-    tuning: Tuning = Tuning(epochs=1)  # noqa: RUF009  (frozen)
+    tuning: Tuning = Tuning(epochs=2, cosine=True)  # noqa: RUF009  (frozen)
 
     def __post_init__(self):
         check_name("score", self.score, ("loss", "norm"))
@@ -77,8 +77,11 @@ class DeepInspectConfig:
 
 PRESETS = {
     "cpu": lambda dataset: DeepInspectConfig(),
-    # 20 passes over 5000 images, and the rule of the paper.
-    "paper": lambda dataset: DeepInspectConfig(steps=3120, rate=1e-3, scale="linear", ratio=1.0),
+    # 20 passes over 5000 images, the rule of the paper, and an epoch of unlearning: after a second
+    # one the accuracy is up to 17 points higher.
+    "paper": lambda dataset: DeepInspectConfig(
+        steps=3120, rate=1e-3, scale="linear", ratio=1.0, tuning=Tuning(epochs=1)
+    ),
 }
 
 
