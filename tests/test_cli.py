@@ -13,7 +13,7 @@ from PIL import Image
 from ibau_jax.attacks import Attack, Trigger, badnets_square
 from ibau_jax.checkpoint import Model, load_model, save_model
 from ibau_jax.cli import main
-from ibau_jax.defenses import neural_cleanse
+from ibau_jax.defenses import Defense, neural_cleanse
 from ibau_jax.defenses.neural_cleanse import NeuralCleanseConfig
 from ibau_jax.report import ARRAYS, HTML, PARTIAL, ROWS, read_rows
 
@@ -324,7 +324,7 @@ def test_report_of_nothing_is_refused(capsys, tmp_path):
 
 def test_an_interrupted_run_leaves_earlier_results(digits_model, defended, tmp_path, monkeypatch):
     """Stopped after the first measurement: the rows, model and report of the run before stay."""
-    from ibau_jax import pipeline
+    from ibau_jax import IBAUConfig, pipeline
 
     out, _ = defended
     before = {p.name: p.read_bytes() for p in out.iterdir()}
@@ -333,16 +333,11 @@ def test_an_interrupted_run_leaves_earlier_results(digits_model, defended, tmp_p
         on_round({"round": 0, **evaluate(load_model(digits_model).variables["params"])})
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "find_defense", lambda *_: (stop, "default", pipeline_config()))
+    entry = Defense(stop, {}, module=False)
+    monkeypatch.setattr(pipeline, "find_defense", lambda *_: (entry, "default", IBAUConfig()))
     with pytest.raises(KeyboardInterrupt):
         pipeline.defend(digits_model, clean="test[:20]", split="test[780:]", out=out)
     after = {p.name: p.read_bytes() for p in out.iterdir()}
     assert after.pop(PARTIAL)
     assert after == before
     os.remove(out / PARTIAL)
-
-
-def pipeline_config():
-    from ibau_jax import IBAUConfig
-
-    return IBAUConfig()
