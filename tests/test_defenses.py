@@ -14,7 +14,6 @@ from ibau_jax import Dataset, InputError
 from ibau_jax.attacks import poison
 from ibau_jax.defenses import DEFENSES, find, with_rounds
 from ibau_jax.defenses.common import Frozen
-from ibau_jax.defenses.deepinspect import DeepInspectConfig
 from ibau_jax.defenses.fine_pruning import FinePruningConfig, cutter, fine_pruning, prune
 from ibau_jax.defenses.nad import NADConfig, attention, augment, distillation, nad
 from ibau_jax.defenses.neural_cleanse import CostSchedule, NeuralCleanseConfig, neural_cleanse
@@ -39,16 +38,14 @@ KEY = jax.random.key(0)
 MODEL = Classifier(SMALL)
 ONE = Tuning(epochs=1, batch_size=32)
 SEARCH = {"steps": 40, "batches": 3, "labels_at_once": 10, "tuning": replace(ONE, epochs=2)}
-FINDERS = {  # settings that do the job on a small model
+FINDERS = {  # settings that do the job on a small model; DeepInspect's are in its own file
     "neural-cleanse": NeuralCleanseConfig(**SEARCH),
     "tabor": TaborConfig(**SEARCH),
-    "deepinspect": DeepInspectConfig(steps=400, allowance=5.0, tuning=replace(ONE, epochs=2)),
 }
 QUICK = {  # of each baseline, settings for the contract
     "finetune": ONE,
     "neural-cleanse": NeuralCleanseConfig(steps=3, batches=1, labels_at_once=4, tuning=ONE),
     "tabor": TaborConfig(steps=3, batches=1, labels_at_once=4, tuning=ONE),
-    "deepinspect": DeepInspectConfig(steps=12, score_images=32, tuning=ONE),
     "fine-pruning": FinePruningConfig(tuning=ONE),
     "nad": NADConfig(betas=(500.0, 1000.0), teacher=ONE, student=ONE),
 }
