@@ -154,8 +154,8 @@ def _share(rows: np.ndarray, devices: Devices, device: int) -> Rows:
     index = rows[:, np.minimum(numbers, size - 1)]
     if size % num_devices == 0:
         return Rows(index, None)
-    weights = np.broadcast_to((numbers < size).astype(np.float32) / size, (batches, count))
-    return Rows(index, weights)
+    weights = (numbers < size).astype(jnp.result_type(float)) / size
+    return Rows(index, np.broadcast_to(weights, (batches, count)))
 
 
 def make_step(
@@ -178,6 +178,8 @@ def make_step(
     def step(state: TrainState, images, labels, rows: Rows, i):
         key, subkey = jax.random.split(state.key)
         index, weights = jax.tree.map(lambda a: a[i], rows)
+        if weights is not None:
+            weights = weights.astype(images.dtype)
         others = {name: value for name, value in state.variables.items() if name != "params"}
 
         def loss_of(params):

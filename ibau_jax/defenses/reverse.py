@@ -223,7 +223,8 @@ def make_update(
         index, weights = jax.tree.map(lambda a: a[i], rows)
         if weights is None:
             total = len(index) * parallel.width(axis)
-            weights = jnp.full(len(index), 1 / total, images.dtype)
+            weights = jnp.full(len(index), 1 / total)
+        weights = weights.astype(images.dtype)
 
         def part(batch):
             picked, weights = batch
