@@ -73,18 +73,18 @@ def _doubled(x: jax.Array) -> jax.Array:
 
 
 def draw_noise(key: jax.Array, count: int, size: int, axis: str | None = None) -> jax.Array:
-    """z ~ N(0, 1), [count, size]: by the row's number in the whole batch, on any device."""
-    dtype = jnp.result_type(float)
-    return jax.vmap(lambda k: jax.random.normal(k, (size,), dtype))(_keys(key, count, axis))
+    """z ~ N(0, 1), [count, size], for this device's rows of the batch.
+
+    Drawn for the whole batch, so that the number of devices does not matter.
+    """
+    whole = jax.random.normal(key, (count * parallel.width(axis), size), jnp.result_type(float))
+    return whole[parallel.numbers(count, axis)]
 
 
 def draw_labels(key: jax.Array, count: int, classes: int, axis: str | None = None) -> jax.Array:
-    """t uniform over the classes, int32 [count], by the row's number as well."""
-    return jax.vmap(lambda k: jax.random.randint(k, (), 0, classes))(_keys(key, count, axis))
-
-
-def _keys(key, count, axis):
-    return jax.vmap(lambda row: jax.random.fold_in(key, row))(parallel.numbers(count, axis))
+    """t uniform over the classes, int32 [count], in the same way."""
+    whole = jax.random.randint(key, (count * parallel.width(axis),), 0, classes)
+    return whole[parallel.numbers(count, axis)]
 
 
 class Attacked(NamedTuple):
