@@ -33,7 +33,7 @@ IMAGES, LABELS = RNG.uniform(size=(103, 16, 16, 3)), RNG.integers(0, 5, 103)
 VARIABLES = jax.jit(MODULE.init)(KEY, jnp.zeros((1, 16, 16, 3)))
 ROUNDS = (
     ("default", 103, "float64", (8, 5)),
-    ("published", 103, "float64", (8, 5)),
+    ("published", 103, "float64", (8,)),
     ("default", 103, "float32", (8,)),
     ("default", 3, "float64", (8,)),
 )
@@ -152,8 +152,7 @@ def main() -> dict:
         one, told = baseline(run, config, 1)
         found[f"{name} flagged"] = len(told.get("flagged", ()))
         found[f"{name} moved"] = distance(cast(VARIABLES, np.float64), one)
-        for count in (8, 5):
-            found[f"{name} {count}"] = distance(one, baseline(run, config, count)[0])
+        found[f"{name} 8"] = distance(one, baseline(run, config, 8)[0])
     return found
 
 

