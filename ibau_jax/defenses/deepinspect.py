@@ -21,7 +21,7 @@ from ibau_jax.data import Dataset
 from ibau_jax.defenses.common import Run, Variables, check_positive, opened
 from ibau_jax.defenses.generator import Generator, Search, learn
 from ibau_jax.defenses.triggers import Outliers, low_outliers, with_stamps
-from ibau_jax.defenses.tuning import Tuning, tune
+from ibau_jax.defenses.tuning import SHORT, Tuning, tune
 from ibau_jax.errors import InputError, check_name
 from ibau_jax.fitting import batch_mean, batches_of, shuffled
 from ibau_jax.ibau import Result
@@ -66,7 +66,7 @@ class DeepInspectConfig:
     threshold: float = 2.0
     ratio: float = 0.5
     share: float = 0.2
-    tuning: Tuning = Tuning(epochs=2, cosine=True)  # noqa: RUF009  (frozen)
+    tuning: Tuning = SHORT
 
     def __post_init__(self):
         check_name("score", self.score, ("loss", "norm"))

@@ -19,7 +19,7 @@ from ibau_jax.data import Dataset
 from ibau_jax.defenses.common import Run, check_positive, opened
 from ibau_jax.defenses.reverse import Found, Step, Terms, label_loss, reverse_engineer
 from ibau_jax.defenses.triggers import low_outliers, with_stamps
-from ibau_jax.defenses.tuning import Tuning, tune
+from ibau_jax.defenses.tuning import SHORT, Tuning, tune
 from ibau_jax.ibau import Result
 from ibau_jax.models import Logits, Params
 from ibau_jax.parallel import Devices
@@ -54,7 +54,7 @@ class NeuralCleanseConfig:
     labels_at_once: int | None = None
     threshold: float = 2.0
     share: float = 0.2
-    tuning: Tuning = Tuning(epochs=1)  # noqa: RUF009  (frozen)
+    tuning: Tuning = SHORT
 
     def __post_init__(self):
         check_positive(self, "steps", "batches", "batch_size", "rate", "cost", "patience")
@@ -64,7 +64,7 @@ class NeuralCleanseConfig:
 PRESETS = {
     "cpu": lambda dataset: NeuralCleanseConfig(),
     "paper": lambda dataset: NeuralCleanseConfig(
-        steps=1000, batches=31, cost=1e-3, patience=5, multiplier=2.0
+        steps=1000, batches=31, cost=1e-3, patience=5, multiplier=2.0, tuning=Tuning(epochs=1)
     ),
 }
 

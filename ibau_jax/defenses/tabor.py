@@ -20,7 +20,7 @@ from ibau_jax.data import Dataset
 from ibau_jax.defenses.common import Model, Run, Variables, check_positive, opened
 from ibau_jax.defenses.neural_cleanse import CostSchedule, cleansed
 from ibau_jax.defenses.reverse import Found, Step, Terms, label_loss, reverse_engineer, stamp
-from ibau_jax.defenses.tuning import Tuning
+from ibau_jax.defenses.tuning import SHORT, Tuning
 from ibau_jax.errors import InputError, check_name
 from ibau_jax.ibau import Result
 from ibau_jax.metrics import predict
@@ -65,7 +65,7 @@ class TaborConfig:
     score: str = "metric"
     threshold: float = 3.5
     share: float = 0.2
-    tuning: Tuning = Tuning(epochs=1)  # noqa: RUF009  (frozen)
+    tuning: Tuning = SHORT
 
     def __post_init__(self):
         check_positive(self, "scale", "steps", "batches", "batch_size", "rate", "patience")
@@ -81,8 +81,9 @@ class TaborConfig:
         """30 passes over 5000 images, fixed weights (as TrojanZoo, probably what I-BAU ran)."""
         del dataset
         return cls(
-            weights=TROJANZOO, adaptive=False, scale=1.0, steps=30, batches=156, threshold=2.0
-        )
+            weights=TROJANZOO, adaptive=False, scale=1.0, steps=30, batches=156, threshold=2.0,
+            tuning=Tuning(epochs=1),
+        )  # fmt: skip
 
 
 PRESETS = {"cpu": lambda dataset: TaborConfig(), "paper": TaborConfig.paper}

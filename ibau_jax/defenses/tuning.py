@@ -120,8 +120,11 @@ def tune(
     return variables
 
 
+# The rate falls to zero. One epoch at a constant rate ends in the disorder of its first steps:
+# after Neural Cleanse on the authors' Trojan WM model at an ACC of 0.59, where this gives 0.80.
+SHORT = Tuning(epochs=2, cosine=True)
 PRESETS = {
-    "cpu": lambda dataset: Tuning(epochs=2, cosine=True),
+    "cpu": lambda dataset: SHORT,
     # BackdoorBench's, but for the number of epochs (100 of 2500 images there).
     "paper": lambda dataset: Tuning(epochs=50, batch_size=256, decay=5e-4, cosine=True),
 }
@@ -132,7 +135,7 @@ def finetune(
     params: Params,
     clean: Dataset,
     *,
-    config: Tuning = Tuning(epochs=2, cosine=True),  # noqa: B008  (frozen)
+    config: Tuning = SHORT,
     key: jax.Array,
     evaluate: Callable[[Params], Mapping[str, Any]] | None = None,
     on_round: Callable[[dict[str, Any]], None] | None = None,
