@@ -2,11 +2,13 @@
 
     python experiments/baselines.py run --reference DIR [--defenses nad naive] [--models BadNets]
     python experiments/baselines.py table
+    python experiments/baselines.py race --reference DIR [--model BadNets] [--against nad]
 
 `run` needs CIFAR-10 and GTSRB (TFDS_DATA_DIR) and the folder of the published checkpoints. Each
 defense runs with its default preset (of I-BAU `default`, of the others `cpu`). The rows of each
 run are written to `experiments/results/baselines.jsonl` as it ends; what is there already is left
-out, so it can be stopped and started again.
+out, so it can be stopped and started again. `race` runs I-BAU and another defense in turn, for the
+seconds that each takes until ASR is below 20 % (the paper's Table 6), without compilation.
 """
 
 import tempfile
@@ -23,6 +25,7 @@ from ibau_jax.errors import check_name
 from ibau_jax.report import read_rows, write_rows
 
 RESULTS = Path(__file__).parent / "results" / "baselines.jsonl"
+RACE = RESULTS.with_name("race.jsonl")
 POISON_RATIO = 0.2  # of the published models
 # ACC and ASR in %: Table 1 for CIFAR-10, Table 2 for GTSRB (which has neither NC nor DI).
 PAPER = {
@@ -76,25 +79,70 @@ def run(grid: Run) -> None:
         cell = name, defense, seed
         if not grid.again and any(key(row) == cell for row in read(grid.out)):
             continue
-        with tempfile.TemporaryDirectory() as folder:
-            model = import_model(grid.reference, name, Path(folder))
-            pipeline.defend(
-                model,
-                defense,
-                seed=seed,
-                out=Path(folder) / "run",
-                poison_ratio=POISON_RATIO,
-                experiment=name,
-                progress=True,
-            )
-            rows = read_rows(Path(folder) / "run")
+        rows = one(grid.reference, *cell)
         write_rows(grid.out, [*(row for row in read(grid.out) if key(row) != cell), *rows])
         last = rows[-1]
         print(*cell, *(round(last[k], 4) for k in ("acc", "asr", "asr_excl")), flush=True)
 
 
+def one(reference: Path, name: str, defense: str, seed: int) -> list[dict]:
+    """The rows of all rounds of a defense on a published model; the last has its diagnostics."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = pipeline.defend(
+            import_model(reference, name, Path(folder)),
+            defense,
+            seed=seed,
+            out=Path(folder) / "run",
+            poison_ratio=POISON_RATIO,
+            experiment=name,
+            progress=True,
+        )
+        rows = read_rows(Path(folder) / "run")
+    rows[-1]["diagnostics"] = found["diagnostics"]
+    return rows
+
+
 def key(row: dict) -> tuple:
     return row["experiment"], row["defense"], row["seed"]
+
+
+def effective(rows: list[dict], asr: float = 0.2, drop: float = 0.1) -> tuple[float, int] | None:
+    """Seconds and rounds until ASR is below 20 % and ACC fell by at most 10 points.
+
+    With less accuracy the paper calls a defense a failure (marks of Table 1). None: never.
+    """
+    seconds = 0.0
+    for row in rows:
+        seconds += row["seconds"]
+        if row["asr"] < asr and row["acc"] >= rows[0]["acc"] - drop:
+            return seconds, row["round"]
+    return None
+
+
+@dataclass
+class Race:
+    """Alternating pairs."""
+
+    reference: Path
+    """Folder of the published models (checkpoints/, triggers/)."""
+    model: str = "BadNets"
+    against: str = "nad"
+    pairs: int = 3
+    out: Path = RACE
+
+
+def race(settings: Race) -> None:
+    """I-BAU and another defense in turn: seconds until they take effect."""
+    check_name("model", settings.model, PAPER)
+    for pair in range(1, settings.pairs + 1):
+        row: dict = {"model": settings.model, "pair": pair}
+        for defense in ("ibau", settings.against):
+            rows = one(settings.reference, settings.model, defense, seed=0)
+            seconds, rounds = effective(rows) or (None, None)
+            row |= {"against": settings.against, f"{defense}_rounds": rounds, defense: seconds}
+        write_rows(settings.out, [*read(settings.out), row])
+        ratio = row[settings.against] and row["ibau"] and row[settings.against] / row["ibau"]
+        print(row, f"ratio {ratio:.2f}" if ratio else "one of them took no effect", flush=True)
 
 
 def table() -> None:
@@ -103,9 +151,10 @@ def table() -> None:
     for row in read(RESULTS):
         runs[key(row)].append(row)
     print(
-        "| model | defense | ACC | paper | ASR | paper | ASR excl. | RA | DER | flagged | seconds |"
+        "| model | defense | ACC | paper | ASR | paper | ASR excl. | RA | DER | flagged | seconds "
+        "| to take effect |"
     )
-    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|")
     for name, paper in PAPER.items():
         for defense in ("none", *DEFENSES):
             rows = runs.get((name, "ibau" if defense == "none" else defense, 0))
@@ -118,8 +167,13 @@ def table() -> None:
                 *(f"{row['asr_excl']:.3f}", f"{row['ra']:.3f}"),
                 "" if row["der"] is None else f"{row['der']:.3f}",
                 ", ".join(map(str, row["flagged"])) or "×" if "flagged" in row else "",
-                "" if defense == "none" else f"{sum(r['seconds'] for r in rows):.0f}",
             ]
+            if defense != "none":
+                took = effective(rows)
+                values.append(f"{sum(r['seconds'] for r in rows):.0f}")
+                values.append(f"{took[0]:.0f}" if took else "never")
+            else:
+                values += ["", ""]
             print(f"| {name} | {defense} | {' | '.join(values)} |")
 
 
@@ -128,6 +182,6 @@ def percent(value: float | None) -> str:
 
 
 if __name__ == "__main__":
-    commands = {"run": run, "table": table}
+    commands = {"run": run, "table": table, "race": race}
     flat = (tyro.conf.OmitArgPrefixes,)
     tyro.extras.subcommand_cli_from_dict(commands, description=__doc__, config=flat)
