@@ -127,6 +127,8 @@ def test_low_outliers_by_hand():
     assert low_outliers(-scores).flagged == []  # far above the others is no sign of a backdoor
     assert low_outliers(np.array([2.0, 2, 2, 1])).flagged == [3]  # no spread at all
     assert low_outliers(np.full(10, 3.0)).flagged == []
+    assert low_outliers(scores, gap=10.4).flagged == [5]  # it lies 10.5 below
+    assert low_outliers(scores, gap=10.6).flagged == []
     missing = low_outliers(np.array([10.0, np.nan, 11, 12, 13, 14, 1]))
     assert missing.flagged == [6] and np.isnan(missing.index[1])
     with pytest.raises(InputError, match="2 labels with a score: expected at least 3"):

@@ -18,7 +18,7 @@ from ibau_jax.batches import check_clean
 from ibau_jax.data import Dataset
 from ibau_jax.defenses.common import Run, check_positive, opened
 from ibau_jax.defenses.reverse import Found, Step, Terms, label_loss, reverse_engineer
-from ibau_jax.defenses.triggers import low_outliers, with_stamps
+from ibau_jax.defenses.triggers import Outliers, low_outliers, with_stamps
 from ibau_jax.defenses.tuning import SHORT, Tuning, tune
 from ibau_jax.ibau import Result
 from ibau_jax.models import Logits, Params
@@ -168,7 +168,8 @@ def neural_cleanse(
         progress=progress,
     )
     return cleansed(
-        run, model, variables, clean, found, np.array([f.norm for f in found]), config,
+        run, model, variables, clean, found,
+        low_outliers(np.array([f.norm for f in found]), config.threshold), config,
         keys=(stamp_key, tune_key), progress=progress, devices=devices,
     )  # fmt: skip
 
@@ -179,7 +180,7 @@ def cleansed(
     variables,
     clean: Dataset,
     found: list[Found],
-    scores: np.ndarray,
+    outliers: Outliers,
     config: Any,
     *,
     keys: tuple[jax.Array, jax.Array],
@@ -187,11 +188,10 @@ def cleansed(
     devices: Devices,
     **diagnostics: Any,
 ) -> Result:
-    """Flag the low outliers of `scores` and unlearn their triggers; the end of a defense.
+    """Unlearn the triggers of the flagged labels; the end of a defense.
 
-    `config` has `threshold`, `share` and `tuning`.
+    `config` has `share` and `tuning`.
     """
-    outliers = low_outliers(scores, config.threshold)
     if outliers.flagged:
         rng = np.random.default_rng(np.asarray(jax.random.key_data(keys[0])).tolist())
         stamps = [found[label].stamp for label in outliers.flagged]

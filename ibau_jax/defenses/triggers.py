@@ -23,7 +23,7 @@ class Outliers(NamedTuple):
     flagged: list[int]
 
 
-def low_outliers(scores: np.ndarray, threshold: float = 2.0) -> Outliers:
+def low_outliers(scores: np.ndarray, threshold: float = 2.0, gap: float = 0.0) -> Outliers:
     """Labels whose score lies far below the others': those with a trigger that is too easy.
 
     The rule of Neural Cleanse (Wang et al. 2019, section IV): the anomaly index is
@@ -35,6 +35,8 @@ def low_outliers(scores: np.ndarray, threshold: float = 2.0) -> Outliers:
       scores: float [C], one for each label; a label without a usable score has NaN and takes no
         part.
       threshold: of the anomaly index.
+      gap: a flagged label's score is at least so far below the median. (Where the scores lie close
+        together a small difference has a large index.)
 
     Raises:
       InputError: fewer than three labels have a score: nothing can stand out.
@@ -45,12 +47,13 @@ def low_outliers(scores: np.ndarray, threshold: float = 2.0) -> Outliers:
         raise InputError(
             f"{known.sum()} labels with a score: expected at least 3 for one to stand out"
         )
-    distance = np.abs(scores - np.median(scores[known]))
+    median = np.median(scores[known])
+    distance = np.abs(scores - median)
     spread = 1.4826 * np.median(distance[known])
     # All but a few scores are equal: any difference is an outlier, equal ones are none.
     index = np.where(distance > 0, distance / np.maximum(spread, 1e-12), 0.0)
     index = np.where(known, index, np.nan)
-    low = known & (scores <= np.median(scores[known])) & (np.nan_to_num(index) > threshold)
+    low = known & (scores <= median - gap) & (np.nan_to_num(index) > threshold)
     return Outliers(index, [int(label) for label in np.flatnonzero(low)])
 
 
