@@ -167,14 +167,15 @@ def table() -> None:
                 *(f"{row['asr_excl']:.3f}", f"{row['ra']:.3f}"),
                 "" if row["der"] is None else f"{row['der']:.3f}",
                 ", ".join(map(str, row["flagged"])) or "×" if "flagged" in row else "",
+                *(("", "") if defense == "none" else seconds(rows)),
             ]
-            if defense != "none":
-                took = effective(rows)
-                values.append(f"{sum(r['seconds'] for r in rows):.0f}")
-                values.append(f"{took[0]:.0f}" if took else "never")
-            else:
-                values += ["", ""]
             print(f"| {name} | {defense} | {' | '.join(values)} |")
+
+
+def seconds(rows: list[dict]) -> tuple[str, str]:
+    """Of the whole run, and until it took effect."""
+    took = effective(rows)
+    return f"{sum(r['seconds'] for r in rows):.0f}", f"{took[0]:.0f}" if took else "never"
 
 
 def percent(value: float | None) -> str:

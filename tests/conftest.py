@@ -22,7 +22,8 @@ from hypothesis import settings
 
 from ibau_jax.attacks import Attack, Trigger, poison
 from ibau_jax.data import Dataset, load
-from ibau_jax.models import VGG
+from ibau_jax.metrics import evaluator
+from ibau_jax.models import VGG, Classifier
 from ibau_jax.training import TrainConfig, train
 
 settings.register_profile("ci", deadline=None, max_examples=8, derandomize=True)
@@ -107,6 +108,7 @@ def digits_model(tmp_path_factory) -> Path:
 
 
 SMALL = VGG(10, widths=(8, 16), dropout=(0.0, 0.0))
+MODEL = Classifier(SMALL)
 CORNER = np.zeros((16, 16, 1), np.float32)
 CORNER[12:15, 12:15] = 1
 SQUARE = Attack("square", Trigger("replace", CORNER, CORNER), 7, 10)
@@ -126,3 +128,18 @@ def small_model(seed: int, poisoned: bool) -> dict:
         data, _ = poison(data, SQUARE, 0.2, seed)
     config = TrainConfig(epochs=10, batch_size=32, rate=1e-2)
     return train(SMALL, data, config=config, key=jax.random.key(seed))[0]
+
+
+def clean() -> Dataset:
+    """The clean set of the tests of defenses: small digits that no model was trained on."""
+    return small_digits("test[:400]")
+
+
+def measure(variables) -> dict:
+    """ACC and ASR (of `SQUARE`) of `MODEL` on the other test images."""
+    return evaluator(MODEL, small_digits("test[400:]"), [SQUARE])(variables).row()
+
+
+def same(one, two):
+    """Two pytrees are the same, bit for bit."""
+    jax.tree.map(np.testing.assert_array_equal, one, two)

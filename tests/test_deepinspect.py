@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import SMALL, SQUARE, small_digits, small_model
+from conftest import MODEL, SQUARE, clean, measure, same, small_model
 
 from ibau_jax import Dataset, InputError
 from ibau_jax.defenses import generator as generators
@@ -24,12 +24,9 @@ from ibau_jax.defenses.deepinspect import (
 )
 from ibau_jax.defenses.generator import Generator, Search, draw_labels, draw_noise, squared_distance
 from ibau_jax.defenses.tuning import Tuning
-from ibau_jax.metrics import evaluator
-from ibau_jax.models import Classifier
 from ibau_jax.parallel import devices
 
 KEY = jax.random.key(0)
-MODEL = Classifier(SMALL)
 # The allowance and the penalty suit images of 16x16x1, a twelfth of the values of CIFAR-10's.
 CONFIG = DeepInspectConfig(
     steps=200, rate=7e-3, allowance=5.0, penalty=0.05, score_images=200,
@@ -38,18 +35,6 @@ CONFIG = DeepInspectConfig(
 QUICK = replace(CONFIG, steps=12, score_images=40)
 # So lenient that something is always flagged.
 LENIENT = replace(QUICK, threshold=0.1, ratio=1.0)
-
-
-def clean() -> Dataset:
-    return small_digits("test[:400]")
-
-
-def measure(variables) -> dict:
-    return evaluator(MODEL, small_digits("test[400:]"), [SQUARE])(variables).row()
-
-
-def same(one, two):
-    jax.tree.map(np.testing.assert_array_equal, one, two)
 
 
 def attack(search, *args):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import SMALL, SQUARE, small_digits, small_model
+from conftest import MODEL, SMALL, SQUARE, clean, measure, same, small_digits, small_model
 
 from ibau_jax import Dataset, InputError
 from ibau_jax.attacks import poison
@@ -31,11 +31,9 @@ from ibau_jax.defenses.tabor import (
 )
 from ibau_jax.defenses.triggers import low_outliers, with_stamps
 from ibau_jax.defenses.tuning import Tuning, finetune
-from ibau_jax.metrics import evaluator
 from ibau_jax.models import Classifier
 
 KEY = jax.random.key(0)
-MODEL = Classifier(SMALL)
 ONE = Tuning(epochs=1, batch_size=32)
 SEARCH = {"steps": 40, "batches": 3, "labels_at_once": 10, "tuning": replace(ONE, epochs=2)}
 FINDERS = {  # settings that do the job on a small model; DeepInspect's are in its own file
@@ -49,18 +47,6 @@ QUICK = {  # of each baseline, settings for the contract
     "fine-pruning": FinePruningConfig(tuning=ONE),
     "nad": NADConfig(betas=(500.0, 1000.0), teacher=ONE, student=ONE),
 }
-
-
-def clean() -> Dataset:
-    return small_digits("test[:400]")
-
-
-def measure(variables) -> dict:
-    return evaluator(MODEL, small_digits("test[400:]"), [SQUARE])(variables).row()
-
-
-def same(one, two):
-    jax.tree.map(np.testing.assert_array_equal, one, two)
 
 
 @pytest.mark.parametrize("name", QUICK)

@@ -10,6 +10,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
+from conftest import same
 
 from ibau_jax import Dataset, InputError
 from ibau_jax.checkpoint import load_model
@@ -24,10 +25,6 @@ DATA = Dataset(
 MODULE = VGG(5, widths=(4,), dropout=(0.3,))
 CONFIG = TrainConfig(epochs=3, batch_size=8, rate=1e-2)
 KEY = jax.random.key(0)
-
-
-def same(one, two):
-    jax.tree.map(np.testing.assert_array_equal, one, two)
 
 
 class Stopped(Exception):
