@@ -292,6 +292,7 @@ def test_presets_are_those_of_the_specification():
     assert (paper.score, paper.scale, paper.threshold, paper.ratio) == ("loss", "linear", 2, 1)
     assert paper.share == 0.2 and paper.noise == 100 and paper.tuning == Tuning(epochs=1)
     assert next(iter(PRESETS)) == "cpu" and PRESETS["cpu"]("cifar10") == DeepInspectConfig()
+    assert PRESETS["cpu"]("gtsrb").steps == 3 * DeepInspectConfig().steps  # 43 labels
 
 
 # --- what is unlearned and shown

@@ -76,7 +76,9 @@ class DeepInspectConfig:
 
 
 PRESETS = {
-    "cpu": lambda dataset: DeepInspectConfig(),
+    # 43 labels take longer to learn than 10: on the authors' BadNets model of GTSRB the target has
+    # an index of 2.6 and 64 % of the median loss after 1000 steps, 4.2 and 38 % after 3000.
+    "cpu": lambda dataset: DeepInspectConfig(steps=3000 if dataset == "gtsrb" else 1000),
     # 20 passes over 5000 images, the rule of the paper, and an epoch of unlearning: after a second
     # one the accuracy is up to 17 points higher.
     "paper": lambda dataset: DeepInspectConfig(
