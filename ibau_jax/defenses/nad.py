@@ -35,7 +35,8 @@ class NADConfig:
       teacher, student: the two fine-tunings.
       crop: shift images by up to so many pixels (zeros come in).
       flip: mirror half of the images. Right for CIFAR-10; a mirrored traffic sign is another
-        sign, and the paper blames NAD's collapse on GTSRB on it.
+        sign. (The paper blames NAD's collapse on GTSRB on it; here it costs 2 points of ACC at
+        `cpu`, see `experiments/baselines.md`.)
       cutout: side of a square that is set to zero; 0: none.
     """
 
