@@ -16,6 +16,8 @@ from ibau_jax.errors import InputError
 from ibau_jax.parallel import devices
 
 HERE = Path(__file__).parent
+# Most of the time is LLVM's optimisation of many programs that run for a moment.
+QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +26,7 @@ def eight() -> dict:
     flags = "--xla_force_host_platform_device_count=8"
     done = subprocess.run(
         [sys.executable, HERE / "eight_devices.py"],
-        env=os.environ | {"XLA_FLAGS": flags},
+        env=os.environ | QUICK | {"XLA_FLAGS": flags},
         capture_output=True,
         text=True,
     )
@@ -83,8 +85,10 @@ def address() -> str:
 
 
 def start(*command: str | Path) -> subprocess.Popen:
-    pipe = subprocess.PIPE
-    return subprocess.Popen([sys.executable, *command], stdout=pipe, stderr=pipe, text=True)
+    pipe, env = subprocess.PIPE, os.environ | QUICK
+    return subprocess.Popen(
+        [sys.executable, *command], stdout=pipe, stderr=pipe, text=True, env=env
+    )
 
 
 def test_two_processes_are_as_one(tmp_path):
