@@ -136,6 +136,11 @@ def needs_module(model: Model, defense: str, why: str) -> Classifier:
     return model
 
 
+def finite(value: Any) -> float | None:
+    """A float for JSON, which knows neither NaN nor infinity."""
+    return float(value) if np.isfinite(value) else None
+
+
 def check_positive(config: Any, *names: str) -> None:
     """Fields of a config that are numbers above zero (None: left open)."""
     for name in names:

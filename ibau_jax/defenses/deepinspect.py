@@ -20,7 +20,7 @@ from ibau_jax.batches import check_clean
 from ibau_jax.data import Dataset
 from ibau_jax.defenses.common import Run, Variables, check_positive, opened
 from ibau_jax.defenses.generator import Generator, Search, learn
-from ibau_jax.defenses.triggers import Outliers, low_outliers, with_stamps
+from ibau_jax.defenses.triggers import Outliers, check_labels, low_outliers, with_stamps
 from ibau_jax.defenses.tuning import SHORT, Tuning, tune
 from ibau_jax.errors import InputError, check_name
 from ibau_jax.fitting import batch_mean, batches_of, shuffled
@@ -135,7 +135,7 @@ def deepinspect(
             f"the model has {classes} classes, more classes than the generator was built for: "
             f"expected at most {num_labels} (num_labels); leave num_labels out, or raise it"
         )
-    low_outliers(np.zeros(classes))  # too few classes to compare: say so before all the work
+    check_labels(classes)
     model, variables = opened(logits, params)
     generator = Generator(clean.images.shape[1:], num_labels)
     search = Search(

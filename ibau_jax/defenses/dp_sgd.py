@@ -19,7 +19,7 @@ import optax
 from ibau_jax import parallel, processes
 from ibau_jax.batches import check_clean
 from ibau_jax.data import Dataset
-from ibau_jax.defenses.common import Run, Variables, check_positive, needs_module, opened
+from ibau_jax.defenses.common import Run, Variables, check_positive, finite, needs_module, opened
 from ibau_jax.errors import InputError
 from ibau_jax.fitting import Rows, batches_of, shuffled
 from ibau_jax.ibau import Result
@@ -159,8 +159,9 @@ def dp_sgd(
                     f"rate and a noise that the model bears, found {config.rate:g} and "
                     f"{config.noise_multiplier:g}: choose smaller ones"
                 )
-            record = run.record(variables, loss=float(np.mean(losses)))
-            advance(0, f"loss {record['loss']:.3f}")
+            loss = float(np.mean(losses))
+            run.record(variables, loss=finite(loss))
+            advance(0, f"loss {loss:.3f}")
     steps = config.epochs * per_epoch
     return run.result(
         variables,

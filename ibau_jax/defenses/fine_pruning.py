@@ -5,6 +5,7 @@ cut in the order of their activity until the accuracy falls too far; fine-tuning
 channels held at zero repairs the rest.
 """
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -97,7 +98,7 @@ def fine_pruning(
     )
     run = Run(model, evaluate, on_round)
     run.record(variables)
-    kept, activity, pruned, accuracy = prune(model, variables, prune_by, config.drop)
+    kept, activity, pruned, accuracy = prune(model, variables, prune_by, config.drop, run=run)
     cut = cutter(kept)
     variables = {**variables, "params": cut(variables["params"])}
     run.record(variables, channels=len(pruned), clean_part_acc=accuracy)
@@ -110,7 +111,12 @@ def fine_pruning(
 
 
 def prune(
-    model: Classifier, variables: Any, data: Dataset, drop: float, batch_size: int = 50
+    model: Classifier,
+    variables: Any,
+    data: Dataset,
+    drop: float,
+    batch_size: int = 50,
+    run: Run | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
     """Which channels of the last convolution to keep.
 
@@ -120,6 +126,9 @@ def prune(
     The activity is the mean of max(a, 0) over images and places: a dormant channel of an ELU
     gives about -1, whose absolute value, which some toolkits take, would rank it as active.
 
+    Args:
+      run: whose clock is stopped while something is compiled; None: there is no clock.
+
     Returns:
       Mask bool [channels], activity [channels], channels cut in order, accuracy after it.
 
@@ -127,10 +136,11 @@ def prune(
       InputError: the model gives no maps, or its last layer does not read the last one.
     """
     look = jax.jit(lambda variables, images: _activity_and_features(model, variables, images))
-    parts = [
-        look(variables, data.images[i : i + batch_size])
-        for i in range(0, len(data.labels), batch_size)
-    ]
+    batches = [data.images[i : i + batch_size] for i in range(0, len(data.labels), batch_size)]
+    with run.compiling() if run else contextlib.nullcontext():
+        for batch in {len(batch): batch for batch in batches}.values():
+            look(variables, batch)
+    parts = [look(variables, batch) for batch in batches]
     total = np.sum([np.asarray(activity) for activity, _ in parts], 0)
     features = np.concatenate([np.asarray(f) for _, f in parts])
     channels = len(total)

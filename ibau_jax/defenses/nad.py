@@ -168,9 +168,9 @@ def augment(
 ) -> jax.Array:
     """Random shifts, mirrored images and a square set to zero, each image its own [N, H, W, C].
 
-    What an image gets does not depend on the number of devices. The square's corner lies
-    anywhere in the image, so at the border less of it is left (as in the original, whose cutout
-    of length 3 halves to a 2x2 hole).
+    What an image gets does not depend on the number of devices. The square's middle lies anywhere
+    in the image, so at the border less of it is left (as in the original, whose cutout of length 3
+    halves to a 2x2 hole: of the pixel that is drawn and those before it).
     """
     height, width, channels = images.shape[1:]
 
@@ -182,8 +182,8 @@ def augment(
         if flip:
             image = jnp.where(jax.random.bernoulli(keys[1]), image[:, ::-1], image)
         if cutout:
-            top, left = jax.random.randint(
-                keys[2], (2,), -(cutout // 2), jnp.array([height, width])
+            top, left = (
+                jax.random.randint(keys[2], (2,), 0, jnp.array([height, width])) - cutout // 2
             )
             y, x = jnp.arange(height)[:, None] - top, jnp.arange(width) - left
             hole = (y >= 0) & (y < cutout) & (x >= 0) & (x < cutout)

@@ -16,7 +16,7 @@ import optax
 from ibau_jax import parallel
 from ibau_jax.batches import check_clean
 from ibau_jax.data import Dataset
-from ibau_jax.defenses.common import Run, check_positive, opened
+from ibau_jax.defenses.common import Run, check_positive, finite, opened
 from ibau_jax.defenses.reverse import Found, Step, Terms, label_loss, reverse_engineer
 from ibau_jax.defenses.triggers import Outliers, low_outliers, with_stamps
 from ibau_jax.defenses.tuning import SHORT, Tuning, tune
@@ -207,7 +207,7 @@ def cleansed(
         found=pictures(found, outliers.index, outliers.flagged),
         diagnostics={
             "flagged": outliers.flagged,
-            "anomaly_index": [float(x) for x in outliers.index],
+            "anomaly_index": [finite(x) for x in outliers.index],
             "norms": [f.norm for f in found],
             "success": [f.success for f in found],
             "steps": [f.steps for f in found],
@@ -219,8 +219,9 @@ def cleansed(
 def pictures(found: list[Found], index: np.ndarray, flagged: list[int], most: int = 10):
     """The flagged triggers, then the smallest others, with captions."""
     order = sorted(range(len(found)), key=lambda i: (i not in flagged, found[i].norm))
+    scores = ["none" if np.isnan(x) else f"{x:.1f}" for x in index]
     return {
-        f"label {i}: norm {found[i].norm:.1f}, anomaly index {index[i]:.1f}"
+        f"label {i}: norm {found[i].norm:.1f}, anomaly index {scores[i]}"
         + (", flagged" if i in flagged else ""): found[i].picture
         for i in sorted(order[: max(most, len(flagged))])
     }

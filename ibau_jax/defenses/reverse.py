@@ -16,6 +16,7 @@ from ibau_jax import parallel, processes
 from ibau_jax.batches import suits_loops
 from ibau_jax.data import Dataset
 from ibau_jax.defenses.common import Model, Run, Variables
+from ibau_jax.defenses.triggers import check_labels
 from ibau_jax.fitting import shuffled
 from ibau_jax.microbatch import accumulate
 from ibau_jax.parallel import Devices
@@ -32,7 +33,7 @@ class Found(NamedTuple):
       pattern: float [H, W, C] in [0, 1].
       norm: sum of the mask.
       success: share of the stamped images that get the label, in the step that gave it.
-      steps: that were made.
+      steps: number of the step that gave it, from 1.
     """
 
     mask: np.ndarray
@@ -74,7 +75,7 @@ class Terms(NamedTuple):
     """What is minimised, `mean of rows + cost * penalty`.
 
     Attributes:
-      rows: `rows(model, variables, mask, pattern, images, labels, target) -> (losses [B],
+      rows: `rows(model, variables, mask, pattern, images, labels, target, cost) -> (losses [B],
         logits of the stamped images [B, classes])`.
       penalty: `penalty(model, variables, mask, pattern, target) -> scalar`.
     """
@@ -104,9 +105,9 @@ def draw(key: jax.Array, shape: tuple[int, int, int]):
     return jax.tree.map(lambda u: jnp.arctanh((u - 0.5) * (2 - EPSILON)), uniform)
 
 
-def label_loss(model: Model, variables: Variables, mask, pattern, images, labels, target):
+def label_loss(model: Model, variables: Variables, mask, pattern, images, labels, target, cost):
     """Cross-entropy of the stamped images with the target: the rows of Neural Cleanse."""
-    del labels
+    del labels, cost
     logits = model(variables, stamp(images, mask, pattern))
     wanted = jnp.full(len(images), target)
     return optax.losses.softmax_cross_entropy_with_integer_labels(logits, wanted), logits
@@ -141,7 +142,15 @@ def reverse_engineer(
       labels_at_once: how many labels are optimised side by side (`vmap`); None: one where the
         model is best differentiated in a loop (on a CPU), else all. Memory grows with it, the
         result does not depend on it.
+
+    Returns:
+      For each label the trigger that its schedule took for the best; where it never took one, the
+      last.
+
+    Raises:
+      InputError: fewer than three labels.
     """
+    check_labels(num_classes)
     count = len(clean.labels)
     batch_size = min(batch_size, count)
     batches = min(batches, count // batch_size)
@@ -164,6 +173,8 @@ def reverse_engineer(
 
     starts = jax.jit(jax.vmap(start))
     shown = jax.jit(lambda raw: decode(raw))
+    with run.compiling():
+        shown(starts(np.arange(chunk, dtype=np.int32))[0])
     variables, images, labels = devices.replicate((variables, clean.images, clean.labels))
     compiled = None
     found: list[Found] = []
@@ -175,6 +186,7 @@ def reverse_engineer(
             targets = devices.replicate(targets)
             schedules = [schedule() for _ in range(min(chunk, num_classes - first))]
             best: list[Found | None] = [None] * len(schedules)
+            content = [False] * len(schedules)  # with one so far
             for number in range(1, steps + 1):
                 rows = shuffled(order_key, number, count, batches, batch_size, devices)
                 costs = [s.cost for s in schedules]
@@ -195,7 +207,9 @@ def reverse_engineer(
                     if one.ended:
                         continue
                     step = Step(float(loss[j]), float(success[j]), float(norms[j]))
-                    if one.after(step) or best[j] is None:
+                    better = one.after(step)
+                    if better or not content[j]:
+                        content[j] = better
                         best[j] = Found(masks[j], patterns[j], step.norm, step.success, number)
                 advance(len(schedules), f"label {first}: {norms[0]:.1f}, {success[0]:.2f}")
                 if all(s.ended for s in schedules):
@@ -231,7 +245,7 @@ def make_update(
 
             def loss(raw):
                 losses, logits = terms.rows(
-                    model, variables, *decode(raw), images[picked], labels[picked], target
+                    model, variables, *decode(raw), images[picked], labels[picked], target, cost
                 )
                 hits = jnp.sum(weights * (jnp.argmax(logits, -1) == target))
                 return jnp.sum(weights * losses), hits

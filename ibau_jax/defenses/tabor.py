@@ -41,9 +41,10 @@ class TaborConfig:
 
     Attributes:
       weights: lambda 1 to 6 of the regularisers.
-      adaptive: scale all weights together while the search goes on, up while the trigger works
-        and down while it does not, as the paper describes it; else they are fixed.
-      scale: factor of the weights at the start.
+      adaptive: scale all weights together while the search goes on, from 0 until the trigger
+        works, then up while it does and down while it does not, as the paper describes it; else
+        they are fixed.
+      scale: factor of the weights when they first count.
       steps, batches, batch_size, rate, patience, multiplier, success, labels_at_once, share,
         tuning: see `neural_cleanse.NeuralCleanseConfig`.
       score: `metric` (the paper's) or `norm` (of the mask, as in Neural Cleanse).
@@ -150,10 +151,10 @@ def overlaying(model: Model, variables: Variables, mask, pattern, target) -> jax
 def terms(weights: tuple[float, ...]) -> Terms:
     """The cross-entropy and the regularisers with their weights."""
 
-    def rows(model, variables, mask, pattern, images, labels, target):
-        losses, logits = label_loss(model, variables, mask, pattern, images, labels, target)
+    def rows(model, variables, mask, pattern, images, labels, target, cost):
+        losses, logits = label_loss(model, variables, mask, pattern, images, labels, target, cost)
         if weights[4]:
-            losses += weights[4] * blocking(model, variables, mask, images, labels)
+            losses += cost * weights[4] * blocking(model, variables, mask, images, labels)
         return losses, logits
 
     def penalty(model, variables, mask, pattern, target):
@@ -191,21 +192,24 @@ def tabor_score(region: np.ndarray, attack: float, explain: float, crop: float) 
 
 
 def scores_of(
-    model: Model, variables: Variables, clean: Dataset, found: list[Found], count: int = 500
+    run: Run, model: Model, variables: Variables, clean: Dataset, found: list[Found], count=500
 ) -> list[float]:
     """`tabor_score` of each label's trigger, on the first `count` clean images."""
-    run = predict(model)
+    classify = predict(model)
     images, labels = clean.images[:count], clean.labels[:count]
+    with run.compiling():
+        for shape in (images, images[:1]):
+            classify(variables, shape)
     scores = []
     for label, trigger in enumerate(found):
         region = trigger.mask[..., 0] > 0.5
         stamped = stamp(images, trigger.mask, trigger.pattern).astype(images.dtype)
-        alone = run(variables, trigger.picture[None].astype(images.dtype))
-        cropped = run(variables, stamped * ~region[..., None])
+        alone = classify(variables, trigger.picture[None].astype(images.dtype))
+        cropped = classify(variables, stamped * ~region[..., None])
         scores.append(
             tabor_score(
                 region,
-                attack=float(np.mean(run(variables, stamped) == label)),
+                attack=float(np.mean(classify(variables, stamped) == label)),
                 explain=float(np.mean(alone == label)),
                 crop=float(np.mean(cropped == labels)),
             )
@@ -260,7 +264,7 @@ def tabor(
         title="TABOR",
         progress=progress,
     )
-    scores = scores_of(model, variables, clean, found)
+    scores = scores_of(run, model, variables, clean, found)
     if config.score == "metric":
         outliers = low_outliers(np.array(scores), config.threshold, config.gap)
     else:

@@ -33,20 +33,19 @@ def low_outliers(scores: np.ndarray, threshold: float = 2.0, gap: float = 0.0) -
 
     Args:
       scores: float [C], one for each label; a label without a usable score has NaN and takes no
-        part.
+        part. Among fewer than three scores nothing stands out.
       threshold: of the anomaly index.
       gap: a flagged label's score is at least so far below the median. (Where the scores lie close
         together a small difference has a large index.)
 
     Raises:
-      InputError: fewer than three labels have a score: nothing can stand out.
+      InputError: there are fewer than three labels.
     """
     scores = np.asarray(scores, float)
+    check_labels(len(scores))
     known = np.isfinite(scores)
     if known.sum() < 3:
-        raise InputError(
-            f"{known.sum()} labels with a score: expected at least 3 for one to stand out"
-        )
+        return Outliers(np.full(len(scores), np.nan), [])
     median = np.median(scores[known])
     distance = np.abs(scores - median)
     spread = 1.4826 * np.median(distance[known])
@@ -55,6 +54,16 @@ def low_outliers(scores: np.ndarray, threshold: float = 2.0, gap: float = 0.0) -
     index = np.where(known, index, np.nan)
     low = known & (scores <= median - gap) & (np.nan_to_num(index) > threshold)
     return Outliers(index, [int(label) for label in np.flatnonzero(low)])
+
+
+def check_labels(count: int) -> None:
+    """A model has enough labels for one to stand out.
+
+    Raises:
+      InputError: fewer than three.
+    """
+    if count < 3:
+        raise InputError(f"the model has {count} labels: expected at least 3 for one to stand out")
 
 
 def with_stamps(

@@ -102,9 +102,11 @@ def tune(
             )
         return {**values, **run.record(variables, loss=values["loss"])} if record else values
 
+    with run.compiling():
+        opt_state = jax.jit(optimizer.init)(variables["params"])
     variables, _ = fit(
         objective or cross_entropy(model, devices.axis),
-        TrainState(variables, jax.jit(optimizer.init)(variables["params"]), key),
+        TrainState(variables, opt_state, key),
         data,
         optimizer=optimizer,
         epochs=config.epochs,
