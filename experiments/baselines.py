@@ -8,7 +8,8 @@
 defense runs with its default preset (of I-BAU `default`, of the others `cpu`). The rows of each
 run are written to `experiments/results/baselines.jsonl` as it ends; what is there already is left
 out, so it can be stopped and started again. `race` runs I-BAU and another defense in turn, for the
-seconds that each takes until ASR is below 20 % (the paper's Table 6), without compilation.
+seconds that each takes until ASR is below 20 % (the paper's Table 6) with at most 10 points of ACC
+lost, without compilation.
 """
 
 import tempfile
