@@ -160,10 +160,10 @@ def test_stamps_share_the_images_and_keep_the_labels():
 # --- Neural Cleanse
 
 
-@pytest.mark.parametrize("seed", [0, 2, 4])
+@pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("name", FINDERS)
 def test_the_backdoor_is_found_and_unlearned(name, seed):
-    """The right label and no other. (Models 1, 3 and 5 are harder: there some defense misses.)"""
+    """The right label and no other. (On model 5 Neural Cleanse misses it, index 1.9.)"""
     variables, key = small_model(seed, True), jax.random.key(seed)
     run = DEFENSES[name].run
     found = run(MODEL, variables, clean(), config=FINDERS[name], key=key, evaluate=measure)
