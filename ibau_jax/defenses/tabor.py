@@ -17,7 +17,7 @@ import optax
 from ibau_jax import parallel
 from ibau_jax.batches import check_clean
 from ibau_jax.data import Dataset
-from ibau_jax.defenses.common import Model, Run, Variables, check_positive, opened
+from ibau_jax.defenses.common import Model, Run, Variables, check_positive, finite, opened
 from ibau_jax.defenses.neural_cleanse import CostSchedule, cleansed
 from ibau_jax.defenses.reverse import Found, Step, Terms, label_loss, reverse_engineer, stamp
 from ibau_jax.defenses.triggers import low_outliers
@@ -272,5 +272,5 @@ def tabor(
     return cleansed(
         run, model, variables, clean, found, outliers, config,
         keys=(stamp_key, tune_key), progress=progress, devices=devices,
-        metric=[None if np.isnan(s) else s for s in scores],
+        metric=[finite(s) for s in scores],
     )  # fmt: skip
