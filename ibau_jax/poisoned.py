@@ -24,6 +24,7 @@ from ibau_jax.attacks import (
     masks,
     optimised,
     poison_all,
+    scenario_of,
     smooth,
     trigger_from_files,
 )
@@ -63,7 +64,8 @@ def train_model(
       attacks: from `make_attacks`; empty: a clean model.
       preset: of `training.PRESETS`.
       epochs: passes over the data; None: the preset's. Preset `cpu` divides its own by the
-        number of attacks, since their joined data is as many times larger.
+        number of attacks, since their joined data is as many times larger, and takes three
+        times as many for all-to-all, where the trigger has to be learned for each class.
       resume: go on where an earlier call with the same arguments was stopped.
       keep_states: False: keep none, so that the run cannot be resumed.
       num_devices: how many to compute on; None: all.
@@ -73,6 +75,8 @@ def train_model(
     config = PRESETS[preset](dataset)
     if epochs is not None:
         config = replace(config, epochs=epochs)
+    elif preset == "cpu" and scenario_of(attacks) == "all-to-all":
+        config = replace(config, epochs=3 * config.epochs)
     elif preset == "cpu" and len(attacks) > 1:
         config = replace(config, epochs=-(-config.epochs // len(attacks)))
     if resume and jax.process_count() > 1:

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from conftest import same
 
-from ibau_jax import Dataset, InputError
+from ibau_jax import Dataset, InputError, poisoned
+from ibau_jax.attacks import Attack, badnets_square
 from ibau_jax.checkpoint import load_model
 from ibau_jax.models import VGG
 from ibau_jax.resume import Checkpoints
@@ -116,6 +117,23 @@ def test_presets_and_schedules():
         TrainConfig(rate=0)
     with pytest.raises(InputError, match="empty"):
         train(MODULE, Dataset(DATA.images[:0], DATA.labels[:0]), key=KEY)
+
+
+@pytest.mark.parametrize(
+    ("names", "target", "epochs"),
+    [((), None, 8), (("badnets",), 3, 8), (("badnets",), None, 24), (("badnets", "blend"), 3, 4)],
+)
+def test_epochs_of_the_preset_cpu(monkeypatch, tmp_path, names, target, epochs):
+    def stop(*_, config, **__):
+        raise Stopped(config.epochs)
+
+    monkeypatch.setattr(poisoned, "train", stop)
+    attacks = tuple(Attack(name, badnets_square(), target, 10) for name in names)
+    common = {"out": tmp_path / "m", "dataset": "digits", "attacks": attacks}
+    with pytest.raises(Stopped, match=f"^{epochs}$"):
+        poisoned.train_model(**common, keep_states=False)
+    with pytest.raises(Stopped, match="^2$"):
+        poisoned.train_model(**common, keep_states=False, epochs=2)
 
 
 def test_divergence_is_told():
