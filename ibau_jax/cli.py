@@ -20,7 +20,7 @@ import tyro
 from rich.console import Console
 from tyro.conf import Positional, arg
 
-from ibau_jax.errors import InputError, LostProcess
+from ibau_jax.errors import InputError, LostProcess, check_name
 
 if TYPE_CHECKING:
     from ibau_jax.attacks import Attack
@@ -49,9 +49,13 @@ AsJson = Annotated[bool, arg(help="print one JSON object on stdout")]
 Seed = Annotated[int, arg(help="seed of everything that is random")]
 DataName = Annotated[str | None, arg(help="digits, cifar10 or gtsrb; default: the model's own")]
 Target = Annotated[int | None, arg(help="label that triggered images shall get")]
-TriggerFile = Annotated[Path | None, arg(help="picture of a trigger, 32x32 RGB")]
+TriggerFile = Annotated[Path | None, arg(help="picture of a trigger, 32x32")]
 TriggerRule = Annotated[
-    str, arg(help="add: clip(image + trigger); replace: image * (1 - mask) + trigger")
+    str | None,
+    arg(
+        help="of --trigger, or of blend: add (default), clip(image + trigger), or replace, "
+        "image * (1 - mask) + trigger (blend: the convex mix)"
+    ),
 ]
 NumDevices = Annotated[int | None, arg(help="GPUs, TPU cores or CPUs to use; default: all")]
 Coordinator = Annotated[
@@ -60,7 +64,13 @@ Coordinator = Annotated[
 ]
 NumProcesses = Annotated[int | None, arg(help="several machines: how many processes")]
 ProcessId = Annotated[int | None, arg(help="several machines: which one this is, from 0")]
-TriggerMask = Annotated[Path | None, arg(help="mask for the rule replace, an .npy file")]
+TriggerMask = Annotated[
+    Path | None,
+    arg(
+        help="for the rule replace: an .npy file [32, 32], values from 0 to 1; default: where the "
+        "picture is opaque"
+    ),
+]
 
 
 @command
@@ -96,7 +106,7 @@ def train(
         arg(help="clean model, for triggers that are optimised (l0, l2, smooth, trojan-...)"),
     ] = None,
     trigger: TriggerFile = None,
-    trigger_rule: TriggerRule = "add",
+    trigger_rule: TriggerRule = None,
     trigger_mask: TriggerMask = None,
     preset: Annotated[str, arg(help="cpu (few epochs) or paper (section A.3)")] = "cpu",
     epochs: Annotated[
@@ -153,7 +163,7 @@ def evaluate(
     attack: Annotated[str | None, arg(help="default: the attack in the model's file")] = None,
     target: Target = None,
     trigger: TriggerFile = None,
-    trigger_rule: TriggerRule = "add",
+    trigger_rule: TriggerRule = None,
     trigger_mask: TriggerMask = None,
     seed: Seed = 0,
     data_dir: DataDir = None,
@@ -168,15 +178,17 @@ def evaluate(
     if attack is not None or trigger is not None:
         stored = load_model(model)
         kept = tuple(a for a in stored.attacks if a.name == attack)[:1]
-        if kept and trigger is None and target is None:
+        if kept and trigger is trigger_rule is target is None:
             chosen = kept
         else:
             if target is None and len(stored.attacks) == 1 and attack != "none":
                 target = stored.attacks[0].target
             name = dataset or stored.dataset
             chosen = _attacks(name, attack, target, trigger, trigger_rule, trigger_mask)
-    elif target is not None or trigger_mask is not None:
-        raise InputError("--target or --trigger-mask alone: name the attack or the trigger too")
+    elif not target is trigger_mask is trigger_rule is None:
+        raise InputError(
+            "--target, --trigger-mask or --trigger-rule alone: name the attack or the trigger too"
+        )
     _finish(pipeline.evaluate_model(model, dataset, split, chosen, data_dir), json)
 
 
@@ -247,7 +259,7 @@ def convert(
     attack: Annotated[str | None, arg(help="badnets, or a name for --trigger")] = None,
     target: Target = None,
     trigger: TriggerFile = None,
-    trigger_rule: TriggerRule = "add",
+    trigger_rule: TriggerRule = None,
     trigger_mask: TriggerMask = None,
     seed: Seed = 0,
     json: AsJson = False,
@@ -377,14 +389,21 @@ def _join(coordinator: str | None, num_processes: int | None, process_id: int | 
 
 def _attacks(dataset, attack, target, trigger, rule, mask, **more) -> "tuple[Attack, ...]":
     """The attacks that options describe."""
-    from ibau_jax import poisoned
+    from ibau_jax import attacks, poisoned
 
     own = None
     if trigger is not None:
-        own = poisoned.read_trigger(trigger, rule, mask)
+        own = poisoned.read_trigger(trigger, rule or "add", mask)
         attack = attack or trigger.stem
     elif mask is not None:
         raise InputError("a trigger mask without a trigger: give the picture by --trigger")
+    elif rule is not None:
+        if attack != "blend":
+            raise InputError(
+                "--trigger-rule without --trigger: expected a picture, or --attack blend"
+            )
+        check_name("trigger rule", rule, attacks.RULES)
+        own = attacks.blend(rule="additive" if rule == "add" else "convex")
     return poisoned.make_attacks(dataset, attack, target=target, trigger=own, **more)
 
 

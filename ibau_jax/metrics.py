@@ -72,12 +72,12 @@ def evaluator(
       attacks: those that are known; empty where there is none to measure.
 
     Raises:
-      InputError: `data` is empty.
+      InputError: `data` is empty, or a trigger makes of it what is no image.
     """
     if not len(data.images):
         raise InputError("nothing to evaluate on: the split is empty")
     images, labels = np.asarray(data.images), np.asarray(data.labels)
-    triggered = [np.asarray(attack.trigger(images)) for attack in attacks]
+    triggered = [attack.stamp(images) for attack in attacks]
     run = predict(logits, batch_size)
 
     def measure(params, attack: Attack, images) -> tuple[float, float | None, float | None]:

@@ -80,6 +80,36 @@ def test_trigger_files(tmp_path):
     np.testing.assert_array_equal(stamped[:, 1:], IMAGES[:, 1:])
 
 
+def test_what_is_transparent_is_not_stamped(tmp_path):
+    picture = np.full((32, 32, 4), 255, np.uint8)  # white, and all but two pixels see-through
+    picture[..., 3] = 0
+    picture[0, 0], picture[0, 1] = (255, 0, 51, 255), (255, 255, 255, 51)
+    Image.fromarray(picture).save(tmp_path / "t.png")
+    added = np.asarray(from_files(tmp_path / "t.png")(IMAGES))
+    np.testing.assert_allclose(added[:, 0, 1], np.minimum(IMAGES[:, 0, 1] + 0.2, 1), rtol=1e-6)
+    replaced = np.asarray(from_files(tmp_path / "t.png", "replace")(IMAGES))
+    np.testing.assert_allclose(replaced[:, 0, 0], [[1, 0, 0.2]] * 50)
+    np.testing.assert_allclose(replaced[:, 0, 1], 0.8 * IMAGES[:, 0, 1] + 0.2, rtol=1e-6)
+    for stamped in (added, replaced):
+        np.testing.assert_array_equal(stamped[:, 1:], IMAGES[:, 1:])
+    # A mask of one's own counts alone, and what the picture shows outside it does not.
+    mask = np.zeros((32, 32), bool)
+    mask[0, 0] = True
+    np.save(tmp_path / "m.npy", mask)
+    Image.new("RGB", (32, 32), "white").save(tmp_path / "white.png")
+    stamped = np.asarray(from_files(tmp_path / "white.png", "replace", tmp_path / "m.npy")(IMAGES))
+    np.testing.assert_array_equal(stamped, np.where(mask[..., None], 1, IMAGES))
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "1", "LA", "RGBA"])
+def test_modes_of_pictures(tmp_path, mode):
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray((rng.integers(0, 2, (32, 32)) * 255).astype(np.uint8)).convert(mode)
+    picture.save(tmp_path / "t.png")
+    expected = np.asarray(picture.convert("RGB"), np.float32) / 255
+    np.testing.assert_array_equal(from_files(tmp_path / "t.png").pattern, expected)
+
+
 def test_bad_triggers_are_refused(tmp_path):
     Image.new("RGB", (32, 32)).save(tmp_path / "t.png")
     (tmp_path / "text.png").write_text("no picture")
@@ -91,6 +121,26 @@ def test_bad_triggers_are_refused(tmp_path):
         from_files(tmp_path / "t.png", "replace")
     with pytest.raises(InputError, match="did you mean 'replace'"):
         from_files(tmp_path / "t.png", "replaced")
+    Image.fromarray(np.full((32, 32), 40000, np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(InputError, match="mode I;16, not 8 bits"):
+        from_files(tmp_path / "deep.png")
+    mask = tmp_path / "m.npy"
+    mask.touch()
+    with pytest.raises(InputError, match="cannot read the trigger"):
+        from_files(tmp_path / "t.png", "replace", mask)
+    for array, text in (
+        (np.full((32, 32), 255.0), "mask ranges from 0 to 255"),
+        (np.full((32, 32), np.nan), "without NaN"),
+        (np.ones((32, 32), complex), "complex128, not numbers"),
+        (np.ones((8, 8)), "mask has shape"),
+    ):
+        np.save(mask, array)
+        with pytest.raises(InputError, match=text):
+            from_files(tmp_path / "t.png", "replace", mask)
+    with pytest.raises(InputError, match="pattern is uint8"):
+        Trigger("add", np.zeros((32, 32, 3), np.uint8))
+    with pytest.raises(InputError, match="pattern ranges from 0 to 1.5"):
+        Trigger("add", np.full((32, 32, 3), 1.5))
 
 
 @given(ratio=st.floats(0, 0.9), seed=st.integers(0, 2**31), target=st.integers(0, 9))
@@ -103,8 +153,17 @@ def test_poisoning_is_exact(ratio, seed, target):
     np.testing.assert_array_equal(data.images[mask], attack.trigger(IMAGES[mask]))
     np.testing.assert_array_equal(data.images[~mask], IMAGES[~mask])
     np.testing.assert_array_equal(data.labels[~mask], LABELS[~mask])
-    again, _ = poison(Dataset(IMAGES, LABELS), attack, ratio, seed)
+    again, same = poison(Dataset(IMAGES, LABELS), attack, ratio, seed)
     np.testing.assert_array_equal(again.images, data.images)
+    np.testing.assert_array_equal(again.labels, data.labels)
+    np.testing.assert_array_equal(same, mask)
+
+
+def test_the_seed_decides_which_rows_are_poisoned():
+    attack = make_attack("badnets", 10)
+    masks = [poison(Dataset(IMAGES, LABELS), attack, 0.4, seed)[1] for seed in range(20)]
+    assert len({mask.tobytes() for mask in masks}) == 20
+    assert (np.sum(masks, 0) > 0).sum() == (LABELS != 8).sum()  # each that may be, is in some
 
 
 @given(ratio=st.floats(0, 1), seed=st.integers(0, 2**31))
@@ -121,6 +180,15 @@ def test_any_function_is_a_trigger(tmp_path):
     attack = Attack("upside down", lambda images: images[..., ::-1, :, :], 4)
     data, mask = poison(Dataset(IMAGES, LABELS), attack, 0.5)
     np.testing.assert_array_equal(data.images[mask], IMAGES[mask][:, ::-1])
+    for function, text in (
+        (lambda images: 3 * images - 1, "values from -"),
+        (lambda images: images[0], "of images"),
+        (lambda images: images * np.nan, "from nan to nan"),
+    ):
+        with pytest.raises(InputError, match=f"trigger 'mine' makes .*{text}"):
+            poison(Dataset(IMAGES, LABELS), Attack("mine", function, 4), 0.5)
+    with pytest.raises(InputError, match="uint8: expected float32"):
+        poison(Dataset((IMAGES * 255).astype(np.uint8), LABELS), attack, 0.5)
     model = Model(random_variables(), "vgg", 10, "digits", (attack,))
     with pytest.raises(InputError, match="make a `Trigger` of it"):
         save_model(tmp_path / "m.safetensors", model)

@@ -10,10 +10,11 @@ from ibau_jax.attacks.poison import (
     poison_all,
     scenario_of,
 )
-from ibau_jax.attacks.triggers import Trigger, badnets_square, blend, trigger_from_files
+from ibau_jax.attacks.triggers import RULES, Trigger, badnets_square, blend, trigger_from_files
 
 __all__ = [
     "ATTACKS",
+    "RULES",
     "SCENARIOS",
     "Attack",
     "Network",

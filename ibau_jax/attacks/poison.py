@@ -40,6 +40,25 @@ class Attack:
             return (np.asarray(labels) + 1) % self.num_classes
         return np.full_like(labels, self.target)
 
+    def stamp(self, images: np.ndarray) -> np.ndarray:
+        """Images with the trigger: [N, H, W, C] in [0, 1] -> the same shape, in [0, 1].
+
+        Raises:
+          InputError: the images are not floating point, or the trigger gave something else.
+        """
+        if not np.issubdtype(images.dtype, np.floating):
+            raise InputError(
+                f"images are {images.dtype}: expected float32 in [0, 1]; divide pixels by 255"
+            )
+        stamped = np.asarray(self.trigger(images))
+        low, high = float(stamped.min(initial=0)), float(stamped.max(initial=0))
+        if stamped.shape != images.shape or not (low >= 0 and high <= 1):  # also true for NaN
+            raise InputError(
+                f"the trigger {self.name!r} makes {stamped.shape}, values from {low:g} to "
+                f"{high:g}, of images {images.shape}: expected the same shape, values in [0, 1]"
+            )
+        return stamped
+
 
 def scenario_of(attacks: Sequence[Attack]) -> str | None:
     """The scenario that attacks make: one of `SCENARIOS`, `multi-target`, or None without any."""
@@ -76,7 +95,8 @@ def poison(
       The poisoned set (same size) and a mask bool [N] of the poisoned rows.
 
     Raises:
-      InputError: the ratio is outside [0, 1] or asks for more rows than there are.
+      InputError: the ratio is outside [0, 1] or asks for more rows than there are, or the trigger
+        makes what is no image.
     """
     if not 0 <= ratio <= 1:
         raise InputError(f"poison ratio {ratio}: expected a share in [0, 1], for example 0.2")
@@ -90,7 +110,7 @@ def poison(
             f"of the target class {attack.target}; choose a smaller ratio"
         )
     rows = np.random.default_rng(seed).choice(candidates, count, replace=False)
-    images[rows] = np.asarray(attack.trigger(images[rows]))
+    images[rows] = attack.stamp(images[rows])
     labels[rows] = wanted[rows]
     mask = np.zeros(len(labels), bool)
     mask[rows] = True

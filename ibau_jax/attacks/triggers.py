@@ -25,6 +25,9 @@ class Trigger:
       rule: `add` or `replace`.
       pattern: float32 [H, W, C] in [0, 1].
       mask: float32 [H, W, C] in [0, 1], for `replace` only.
+
+    Raises:
+      InputError: another rule, or arrays that are not as said here.
     """
 
     rule: str
@@ -35,8 +38,12 @@ class Trigger:
         check_name("trigger rule", self.rule, RULES)
         if (self.mask is None) == (self.rule == "replace"):
             raise InputError(
-                f"trigger rule {self.rule!r}: expected a mask with 'replace' and none with 'add'"
+                f"trigger rule {self.rule!r}: expected a mask with 'replace' (an .npy file, or "
+                "a picture that is transparent in part) and none with 'add'"
             )
+        for what, array in (("pattern", self.pattern), ("mask", self.mask)):
+            if array is not None:
+                _check_values(what, array)
         if self.mask is not None and self.mask.shape != self.pattern.shape:
             raise InputError(
                 f"the trigger's mask has shape {self.mask.shape}, its pattern "
@@ -84,27 +91,56 @@ def blend(alpha: float = 0.2, rule: str = "additive", seed: int = 0) -> Trigger:
 def trigger_from_files(
     pattern: str | Path, rule: str = "add", mask: str | Path | None = None
 ) -> Trigger:
-    """A trigger from a picture and, for `replace`, a NumPy array.
+    """A trigger from a picture and, for `replace`, a mask.
+
+    What is transparent in the picture counts as black, so that it adds nothing.
 
     Args:
-      pattern: PNG, RGB; values are divided by 255.
+      pattern: PNG or another format of 8 bits a channel; values are divided by 255.
       rule: `add` or `replace`.
-      mask: .npy, [H, W], [H, W, C] or channels first [C, H, W], values in [0, 1].
+      mask: .npy, [H, W], [H, W, C] or channels first [C, H, W], values in [0, 1]; None: with
+        `replace`, how opaque the picture is. Where the mask is 0 the picture does not count.
 
     Raises:
       InputError: a file is missing or unreadable, or does not fit.
     """
     try:
-        picture = np.asarray(Image.open(pattern).convert("RGB"), np.float32) / np.float32(255)
-        array = None if mask is None else np.asarray(np.load(mask, allow_pickle=False), np.float32)
-    except (OSError, TypeError, ValueError) as error:
+        with Image.open(pattern) as opened:
+            if opened.mode[0] in "IF":
+                raise ValueError(f"its pixels are of mode {opened.mode}, not 8 bits a channel")
+            rgba = np.asarray(opened.convert("RGBA"), np.float32) / np.float32(255)
+        array = None if mask is None else np.load(mask, allow_pickle=False)
+        if array is not None and array.dtype.kind not in "buif":
+            raise ValueError(f"the mask is {array.dtype}, not numbers in [0, 1]")
+    except Exception as error:  # damaged files raise many types
         raise InputError(
-            f"cannot read the trigger {str(pattern)!r} (mask {mask}): {error}; expected an RGB "
-            "picture, and an .npy file as mask"
+            f"cannot read the trigger {str(pattern)!r} (mask {mask}): {error}; expected a picture "
+            "of 8 bits a channel, and an .npy file as mask"
         ) from error
+    opaque = rgba[..., 3:]
+    picture = rgba[..., :3] * opaque
     if array is not None:
+        array = array.astype(np.float32)
         if array.ndim == 2:
             array = np.repeat(array[..., None], 3, axis=-1)
         elif array.ndim == 3 and array.shape[0] == 3 and array.shape != picture.shape:
             array = array.transpose(1, 2, 0)
+        if array.shape == picture.shape:
+            picture = picture * (array > 0)
+    elif rule == "replace" and opaque.min() < 1:
+        array = np.repeat(opaque, 3, axis=-1)
     return Trigger(rule, picture, array)
+
+
+def _check_values(what: str, array: np.ndarray) -> None:
+    if array.ndim != 3 or not np.issubdtype(array.dtype, np.floating):
+        raise InputError(
+            f"the trigger's {what} is {array.dtype} {array.shape}: expected float32 [H, W, C] in "
+            "[0, 1]; divide pixels by 255"
+        )
+    low, high = float(array.min(initial=0)), float(array.max(initial=0))
+    if not (low >= 0 and high <= 1):  # also true where one is NaN
+        raise InputError(
+            f"the trigger's {what} ranges from {low:g} to {high:g}: expected values in [0, 1] "
+            "without NaN; divide pixels by 255"
+        )
