@@ -18,7 +18,7 @@ import numpy as np
 import tyro
 
 from ibau_jax import pipeline
-from ibau_jax.poisoned import make_attacks, read_trigger
+from ibau_jax.attack_options import make_attacks, read_trigger
 from ibau_jax.report import read_rows, write_rows
 
 RESULTS = Path(__file__).parent / "results" / "published_models.jsonl"

@@ -9,7 +9,7 @@ import numpy as np
 
 from ibau_jax import parallel
 from ibau_jax.config import IBAUConfig
-from ibau_jax.data import Dataset
+from ibau_jax.data import Dataset, check_data, check_labels
 from ibau_jax.errors import InputError
 from ibau_jax.models import Logits, Params
 from ibau_jax.parallel import Devices
@@ -131,26 +131,7 @@ def check_clean(logits: Logits, params: Params, clean: Dataset) -> Dataset:
     Raises:
       InputError: says what was expected, what was found and what to do.
     """
-    images, labels = np.asarray(clean.images), np.asarray(clean.labels)
-    if images.ndim != 4:
-        raise InputError(f"clean images have shape {images.shape}: expected [N, H, W, C]")
-    if not len(images):
-        raise InputError("the clean set is empty: expected at least one image")
-    if not np.issubdtype(images.dtype, np.floating):
-        raise InputError(
-            f"clean images are {images.dtype}: expected float32 in [0, 1]; divide pixels by 255"
-        )
-    low, high = float(images.min()), float(images.max())
-    if not (0 <= low and high <= 1):  # also true where one is NaN
-        raise InputError(
-            f"clean images range from {low:g} to {high:g}: expected values in [0, 1] without NaN; "
-            "divide pixels by 255 and leave out any normalisation (put it into `logits`)"
-        )
-    if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
-        raise InputError(
-            f"clean labels are {labels.dtype} {labels.shape}: expected integers of shape "
-            f"({len(images)},), one for each image"
-        )
+    images, labels = clean = check_data(clean)
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = jax.tree_util.keystr(path)
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
@@ -170,9 +151,5 @@ def check_clean(logits: Logits, params: Params, clean: Dataset) -> Dataset:
         raise InputError(
             f"logits(params, images) gives {out} for one image: expected an array [1, classes]"
         )
-    if labels.min() < 0 or labels.max() >= out.shape[1]:
-        raise InputError(
-            f"clean labels range from {labels.min()} to {labels.max()}, but the model has "
-            f"{out.shape[1]} classes: expected labels from 0 to {out.shape[1] - 1}"
-        )
-    return Dataset(images, labels.astype(np.int32))
+    check_labels(labels, out.shape[1])
+    return clean

@@ -126,6 +126,7 @@ def train(
     from ibau_jax import poisoned
 
     _join(coordinator, num_processes, process_id)
+    poisoned.check_options(out, dataset, poison_ratio, preset, epochs, resume, devices)
     attacks = _attacks(
         dataset,
         attack,
@@ -361,7 +362,10 @@ def main(arguments: list[str] | None = None) -> int:
     except LostProcess as error:
         return _fail(str(error), 3)
     except KeyboardInterrupt:
-        return _fail("interrupted; results of earlier runs are untouched", 130)
+        kept = "results of earlier runs are untouched"
+        return _fail(f"interrupted; {kept}, and 'ibau train --resume' goes on with a training", 130)
+    except OSError as error:  # for example a full disk
+        return _fail(f"cannot read or write: {error}", 2)
     return 0
 
 
@@ -389,11 +393,11 @@ def _join(coordinator: str | None, num_processes: int | None, process_id: int | 
 
 def _attacks(dataset, attack, target, trigger, rule, mask, **more) -> "tuple[Attack, ...]":
     """The attacks that options describe."""
-    from ibau_jax import attacks, poisoned
+    from ibau_jax import attack_options, attacks
 
     own = None
     if trigger is not None:
-        own = poisoned.read_trigger(trigger, rule or "add", mask)
+        own = attack_options.read_trigger(trigger, rule or "add", mask)
         attack = attack or trigger.stem
     elif mask is not None:
         raise InputError("a trigger mask without a trigger: give the picture by --trigger")
@@ -404,7 +408,7 @@ def _attacks(dataset, attack, target, trigger, rule, mask, **more) -> "tuple[Att
             )
         check_name("trigger rule", rule, attacks.RULES)
         own = attacks.blend(rule="additive" if rule == "add" else "convex")
-    return poisoned.make_attacks(dataset, attack, target=target, trigger=own, **more)
+    return attack_options.make_attacks(dataset, attack, target=target, trigger=own, **more)
 
 
 def _parse(arguments: list[str] | None) -> Callable[[], None]:

@@ -94,8 +94,9 @@ def fit(
                     losses.append(float(devices.one(loss)))
                 done += 1
                 advance(1, "")
-                due = checkpoints is not None and done % per_epoch and checkpoints.due()
-                if due and np.isfinite(losses[-1]):
+                if not np.isfinite(losses[-1]):
+                    break  # `on_epoch` sees it
+                if checkpoints is not None and done % per_epoch and checkpoints.due():
                     save(time.perf_counter() - started)
             devices.check_equal(state=state)
             record = {

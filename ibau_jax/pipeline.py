@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from ibau_jax import parallel, processes
+from ibau_jax.attack_options import describe, make_attacks
 from ibau_jax.attacks import Attack, poison_all, scenario_of
 from ibau_jax.batches import images_a_batch, make_batches, resolve
 from ibau_jax.bounds import vgg_bound
@@ -22,7 +23,7 @@ from ibau_jax.files import make_folder
 from ibau_jax.ibau import make_ascent
 from ibau_jax.metrics import Metrics, defense_effectiveness, evaluator, predict
 from ibau_jax.models import Classifier, Logits, build, evaluation_logits
-from ibau_jax.poisoned import describe, make_attacks, train_model
+from ibau_jax.poisoned import train_model
 from ibau_jax.report import (
     CLEANED,
     HTML,

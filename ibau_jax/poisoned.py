@@ -1,45 +1,64 @@
-"""From command-line values to attacks, and to a trained model file."""
+"""Training of a poisoned (or clean) model to a file."""
 
 import hashlib
 import time
-from collections.abc import Callable
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ibau_jax import parallel, processes
-from ibau_jax.attacks import (
-    ATTACKS,
-    SCENARIOS,
-    Attack,
-    Network,
-    Trigger,
-    check_target,
-    make_attack,
-    make_trigger,
-    masks,
-    optimised,
-    poison_all,
-    scenario_of,
-    smooth,
-    trigger_from_files,
-)
-from ibau_jax.checkpoint import Model, load_model, model_hash, save_model
-from ibau_jax.data import DataInfo, data_info, load
-from ibau_jax.data.cache import cached
+from ibau_jax.attack_options import describe
+from ibau_jax.attacks import Attack, Trigger, check_ratio, poison_all, scenario_of
+from ibau_jax.checkpoint import Model, save_model
+from ibau_jax.data import data_info, load
 from ibau_jax.errors import InputError, check_name
 from ibau_jax.files import make_folder
 from ibau_jax.metrics import evaluator
 from ibau_jax.models import build
+from ibau_jax.parallel import Devices
 from ibau_jax.report import versions
 from ibau_jax.resume import Checkpoints
-from ibau_jax.training import PRESETS, train
+from ibau_jax.training import PRESETS, TrainConfig, train
 
-OPTIMISED = (masks, optimised, smooth)  # a change in them forgets cached triggers
+
+def check_options(
+    out: str | Path,
+    dataset: str,
+    poison_ratio: float = 0.2,
+    preset: str = "cpu",
+    epochs: int | None = None,
+    resume: bool = False,
+    num_devices: int | None = None,
+) -> tuple[TrainConfig, Devices]:
+    """What `train_model` refuses, before anything long is done, such as optimising triggers.
+
+    Returns:
+      The settings (`epochs` of the preset where none are given), and the devices.
+
+    Raises:
+      InputError: says what was expected, what was found and what to do.
+    """
+    data_info(dataset)
+    check_name("preset", preset, PRESETS)
+    config = PRESETS[preset](dataset)
+    if epochs is not None:
+        config = replace(config, epochs=epochs)
+    check_ratio(poison_ratio)
+    if resume and jax.process_count() > 1:
+        raise InputError(
+            "--resume in a run of several processes: they keep no states; leave it out, or train "
+            "in one process"
+        )
+    if Path(out).is_dir():
+        raise InputError(f"{str(out)!r} is a folder: expected a model file to write, by --out")
+    devices = parallel.devices(num_devices)
+    if processes.is_first():
+        make_folder(Path(out).parent)
+    return config, devices
 
 
 def train_model(
@@ -61,37 +80,42 @@ def train_model(
     While it runs (in one process), `out` with the ending `.checkpoints` holds the last states.
 
     Args:
-      attacks: from `make_attacks`; empty: a clean model.
+      out: model file to write; what was there is replaced when the training has ended.
+      dataset: of `DATASETS`; its split `train` is poisoned and trained on.
+      attacks: from `make_attacks`; empty: a clean model. Triggers are of class `Trigger`.
+      poison_ratio: share of the training set that each attack poisons, in [0, 1].
       preset: of `training.PRESETS`.
       epochs: passes over the data; None: the preset's. Preset `cpu` divides its own by the
         number of attacks, since their joined data is as many times larger, and takes three
         times as many for all-to-all, where the trigger has to be learned for each class.
+      seed: of the poisoned rows, the first weights, the order and the dropout.
+      data_dir: folder of TensorFlow Datasets; None: its own default.
       resume: go on where an earlier call with the same arguments was stopped.
       keep_states: False: keep none, so that the run cannot be resumed.
+      progress: show a bar on stderr, and measure ACC and ASR after each epoch.
       num_devices: how many to compute on; None: all.
+
+    Returns:
+      For JSON: `model` (the file), `attack`, `preset`, `epochs`, the metrics (`Metrics.row`) on
+      the evaluation split, `seconds` (with compilation and measuring), `train_seconds` and
+      `images_per_second` (without), and `resumed_at`, the step from which it went on, or None.
+
+    Raises:
+      InputError: says what was expected, what was found and what to do.
     """
-    info = data_info(dataset)
-    check_name("preset", preset, PRESETS)
-    config = PRESETS[preset](dataset)
-    if epochs is not None:
-        config = replace(config, epochs=epochs)
-    elif preset == "cpu" and scenario_of(attacks) == "all-to-all":
-        config = replace(config, epochs=3 * config.epochs)
-    elif preset == "cpu" and len(attacks) > 1:
-        config = replace(config, epochs=-(-config.epochs // len(attacks)))
-    if resume and jax.process_count() > 1:
-        raise InputError(
-            "--resume in a run of several processes: they keep no states; leave it out, or train "
-            "in one process"
-        )
-    devices, first = parallel.devices(num_devices), processes.is_first()
-    out = Path(out)
-    if out.is_dir():
-        raise InputError(f"{str(out)!r} is a folder: expected a model file to write, by --out")
-    if first:
-        make_folder(out.parent)
+    config, devices = check_options(out, dataset, poison_ratio, preset, epochs, resume, num_devices)
+    if epochs is None and preset == "cpu":
+        times, among = (3, 1) if scenario_of(attacks) == "all-to-all" else (1, len(attacks) or 1)
+        config = replace(config, epochs=-(-times * config.epochs // among))
+    for attack in attacks:
+        if not isinstance(attack.trigger, Trigger):
+            raise InputError(
+                f"the trigger {attack.name!r} is a function, which a model file cannot hold: make "
+                "a `Trigger` of it, or use `poison` and `training.train`"
+            )
+    info, first, out = data_info(dataset), processes.is_first(), Path(out)
     data, held_out = load(dataset, "train", data_dir), load(dataset, info.split, data_dir)
-    data, _ = poison_all(data, attacks, poison_ratio, seed)
+    clean, (data, _) = data, poison_all(data, attacks, poison_ratio, seed)
     module = build("vgg", info.num_classes)
     checkpoints = None
     if keep_states and jax.process_count() == 1:
@@ -104,6 +128,9 @@ def train_model(
             "seed": seed,
             "devices": len(devices.all),
             "settings": repr(config),
+            "data": [zlib.crc32(np.ascontiguousarray(array).data) for array in clean],
+            "backend": jax.default_backend(),
+            "versions": versions(),
         }
         checkpoints = Checkpoints(out.with_name(out.name + ".checkpoints"), settings, resume)
 
@@ -146,133 +173,12 @@ def train_model(
         "seconds": seconds,
         "train_seconds": trained_seconds,
         "images_per_second": len(data.labels) * config.epochs / trained_seconds,
+        "resumed_at": None if checkpoints is None else checkpoints.resumed,
     }
-
-
-def describe(attacks: tuple[Attack, ...]) -> str | None:
-    """Names of attacks, for people and rows; None without any."""
-    return ", ".join(attack.name for attack in attacks) or None
-
-
-def make_attacks(
-    dataset: str,
-    attack: str | None = None,
-    scenario: str = "one-target",
-    target: int | None = None,
-    trigger: Trigger | None = None,
-    clean_model: str | Path | None = None,
-    seed: int = 0,
-    data_dir: str | None = None,
-    on_note: Callable[[str], None] = lambda text: None,
-) -> tuple[Attack, ...]:
-    """The attacks of a scenario, by name.
-
-    Args:
-      attack: of `ATTACKS`, or `none`, or any name for `trigger`; None: badnets, or all seven in
-        the scenario seven-target.
-      target: None: the paper's. Only in the scenario one-target.
-      trigger: the user's own.
-      clean_model: model file against which triggers are optimised. They are kept in the cache.
-
-    Raises:
-      InputError: names or values that do not fit each other.
-    """
-    check_name("scenario", scenario, SCENARIOS)
-    info = data_info(dataset)
-    if scenario == "seven-target":
-        if attack is not None or trigger is not None or target is not None:
-            raise InputError(
-                "the scenario seven-target has its own attacks and targets: leave out --attack, "
-                "--trigger and --target"
-            )
-        chosen = [
-            (name, _trigger(name, info, clean_model, seed, data_dir, on_note)) for name in ATTACKS
-        ]
-        return tuple(
-            make_attack(name, info.num_classes, ATTACKS[name].seven_target, found)
-            for name, found in chosen
-        )
-    if attack == "none":
-        if trigger is not None or target is not None or scenario != "one-target":
-            raise InputError(
-                "--attack none is a clean model: leave out --trigger, --target and --scenario, or "
-                "name the attack"
-            )
-        return ()
-    name = attack or "badnets"
-    if target is not None:
-        check_target(target, info.num_classes)
-    if trigger is None:
-        check_name("attack", name, ["none", *ATTACKS])
-        trigger = _trigger(name, info, clean_model, seed, data_dir, on_note, target)
-    if scenario == "all-to-all":
-        if target is not None:
-            raise InputError("the scenario all-to-all has no target: leave out --target")
-        return (Attack(name, trigger, None, info.num_classes),)
-    if name in ATTACKS:
-        return (make_attack(name, info.num_classes, target, trigger),)
-    if target is None:
-        raise InputError("a trigger of your own needs its target label: give it by --target")
-    return (Attack(name, trigger, target),)
-
-
-def read_trigger(path: str | Path, rule: str = "add", mask: str | Path | None = None) -> Trigger:
-    """A trigger for 32x32 RGB images from a picture; see `trigger_from_files`."""
-    found = trigger_from_files(path, rule, mask)
-    if found.pattern.shape != (32, 32, 3):
-        raise InputError(
-            f"the trigger {str(path)!r} has shape {found.pattern.shape}: expected (32, 32, 3)"
-        )
-    return found
-
-
-def _trigger(
-    name: str,
-    info: DataInfo,
-    clean_model: str | Path | None,
-    seed: int,
-    data_dir: str | None,
-    on_note: Callable[[str], None],
-    target: int | None = None,
-) -> Trigger:
-    """By name; what has to be optimised is looked up in the cache first."""
-    if ATTACKS[name].fixed is not None or clean_model is None:
-        return make_trigger(name)
-    model = load_model(clean_model)
-    if model.attacks or model.dataset != info.name:
-        raise InputError(
-            f"{str(clean_model)!r} is a model of {model.dataset} "
-            f"({describe(model.attacks) or 'clean'}): expected a clean model of {info.name}"
-        )
-
-    def optimise() -> tuple[np.ndarray, np.ndarray]:
-        on_note(f"optimising the trigger {name} against {str(clean_model)!r}")
-        images = load(info.name, "train[:100]", data_dir).images
-        made = make_trigger(name, network_of(model), images, seed, target)
-        return made.pattern, np.zeros(0, np.float32) if made.mask is None else made.mask
-
-    source = b"".join(Path(str(module.__file__)).read_bytes() for module in OPTIMISED)
-    made_by = hashlib.sha256(source).hexdigest()[:8]
-    key = f"trigger-{made_by}-{name}-{target}-{info.name}-{model_hash(model)}-seed{seed}"
-    pattern, mask = (np.array(array) for array in cached(key, optimise))
-    return Trigger("replace", pattern, mask) if mask.size else Trigger("add", pattern)
 
 
 def _digest(trigger: Any) -> str:
     """Tells triggers apart."""
-    if not isinstance(trigger, Trigger):
-        return repr(trigger)
     parts = (trigger.rule.encode(), trigger.pattern.tobytes())
     mask = b"" if trigger.mask is None else trigger.mask.tobytes()
     return hashlib.sha256(b"|".join((*parts, mask))).hexdigest()[:16]
-
-
-def network_of(model: Model) -> Network:
-    """A model as `attacks.Network`: features and last layer apart, in evaluation mode."""
-    module = build(model.architecture, model.num_classes)
-    last = model.variables["params"]["classifier"]
-
-    def features(images: jax.Array) -> jax.Array:
-        return module.apply(model.variables, images, features=True)  # pyright: ignore
-
-    return Network(features, jnp.asarray(last["kernel"]), jnp.asarray(last["bias"]))

@@ -1,8 +1,12 @@
 """Checkpoints of a training run: written whole or not at all, taken up again after any end."""
 
+import contextlib
+import copy
 import shutil
+import tempfile
 import time
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,7 @@ import numpy as np
 from ibau_jax.errors import InputError
 
 Tree = Any
+SECONDS = 60.0  # between two states within an epoch
 
 
 class Checkpoints:
@@ -21,7 +26,11 @@ class Checkpoints:
       folder: made when it is missing.
       settings: JSON values that the run depends on; a folder with others is refused.
       resume: go on from the last state, if there is one; else the folder must have none.
-      seconds: between two states within an epoch; each end of an epoch makes one as well.
+      seconds: between two states within an epoch (None: `SECONDS`); each end of an epoch makes
+        one as well.
+
+    Attributes:
+      resumed: the step of the state that `last` gave; None: none so far.
 
     Raises:
       InputError: the folder holds states and `resume` is off, or is of another run.
@@ -32,13 +41,15 @@ class Checkpoints:
         folder: str | Path,
         settings: Mapping[str, Any],
         resume: bool = False,
-        seconds: float = 60.0,
+        seconds: float | None = None,
     ):
         import orbax.checkpoint as ocp  # takes a second
 
         if Path(folder).is_file():
             raise InputError(f"{str(folder)!r} is a file: expected a folder of checkpoints")
-        self.folder, self.settings, self.seconds = Path(folder).absolute(), settings, seconds
+        self.folder, self.settings = Path(folder).absolute(), settings
+        self.seconds = SECONDS if seconds is None else seconds
+        self.resumed: int | None = None
         self._args = ocp.args
         options = ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(self.folder, options=options)
@@ -64,12 +75,17 @@ class Checkpoints:
         return time.monotonic() - self._saved >= self.seconds
 
     def save(self, step: int, state: Tree, about: Mapping[str, Any]) -> None:
-        """Write a state (a pytree of arrays) and JSON values, in the background."""
+        """Write a state (a pytree of arrays) and JSON values, in the background.
+
+        Where that fails (a full disk) there is a warning, at the latest with the next state.
+        """
+        # Copies: they are written while the training goes on.
+        about = copy.deepcopy({"settings": dict(self.settings), **about})
         content = self._args.Composite(
             state=self._args.StandardSave(jax.tree.map(np.array, state)),
-            about=self._args.JsonSave({"settings": dict(self.settings), **about}),
+            about=self._args.JsonSave(about),
         )
-        self._manager.save(step, args=content)
+        self._try(lambda: self._manager.save(step, args=content))
         self._saved = time.monotonic()
 
     def last(self, like: Tree) -> tuple[int, Tree, dict[str, Any]] | None:
@@ -80,13 +96,28 @@ class Checkpoints:
         step, found = self._read(
             state=self._args.StandardRestore(like), about=self._args.JsonRestore()
         )
+        self.resumed = step
         return step, found["state"], found["about"]
 
     def remove(self) -> None:
-        """Delete the folder: the run is done."""
-        self._manager.wait_until_finished()
-        self._manager.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Delete the folder: the run is done. A kill in between leaves it whole or not at all."""
+        self._try(self._manager.wait_until_finished)
+        self._try(self._manager.close)
+        with contextlib.suppress(OSError):  # someone else removed it
+            trash = tempfile.mkdtemp(prefix=f".{self.folder.name}.", dir=self.folder.parent)
+            self.folder.rename(Path(trash) / "states")
+            shutil.rmtree(trash)
+
+    def _try(self, action: Callable[[], Any]) -> None:
+        """A training does not need its states, and does not end because of them."""
+        try:
+            action()
+        except Exception as error:  # of many types
+            warnings.warn(
+                f"cannot write a state in {str(self.folder)!r}: {_line(error)}; the training goes "
+                "on, and could be resumed from an older state only",
+                stacklevel=3,
+            )
 
     def _read(self, **parts):
         """Step and content of the last state that can be read."""
@@ -95,8 +126,12 @@ class Checkpoints:
             try:
                 return step, self._manager.restore(step, args=self._args.Composite(**parts))
             except Exception as error:  # a damaged file raises many types
-                reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
+                reason = _line(error)
         raise InputError(
             f"cannot read a checkpoint in {str(self.folder)!r}: {reason}; remove the folder and "
             "train anew"
         )
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0][:200]

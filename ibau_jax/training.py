@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from ibau_jax import parallel
-from ibau_jax.data import Dataset
+from ibau_jax.data import Dataset, check_data, check_labels
 from ibau_jax.errors import InputError, check_name
 from ibau_jax.fitting import TrainState, batches_of, cross_entropy, fit
 from ibau_jax.models import VGG, Classifier
@@ -45,6 +45,8 @@ class TrainConfig:
                 raise InputError(f"{name} is {getattr(self, name)}: expected at least 1")
         if not self.rate > 0:
             raise InputError(f"rate is {self.rate}: expected a positive number")
+        if not self.dropout >= 0:
+            raise InputError(f"dropout is {self.dropout}: expected a factor of at least 0")
 
     @classmethod
     def cpu(cls, dataset: str = "cifar10") -> "TrainConfig":
@@ -89,7 +91,7 @@ def train(
     devices: Devices | None = None,
     checkpoints: Checkpoints | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Train with Adam; data, shuffling and every step are on the devices.
+    """Train with Adam; the data, the draw of each epoch's order and every step are on the devices.
 
     Args:
       module: see `models.VGG`; another flax module needs the same arguments, `params` and
@@ -107,15 +109,20 @@ def train(
       and what `evaluate` gave.
 
     Raises:
-      InputError: there is no image, or the loss is no longer finite.
+      InputError: images or labels that cannot be trained on, or the loss is no longer finite.
     """
-    if not len(data.images):
-        raise InputError("the training set is empty: expected at least one image")
+    data = check_data(data, "training")
     devices = devices or parallel.devices()
     rates = tuple(config.dropout * rate for rate in module.dropout)
+    if rates and max(rates) >= 1:
+        raise InputError(
+            f"dropout is {config.dropout}: it makes rates of {rates}, expected below 1"
+        )
     module = module.clone(dropout=rates)
     init_key, order_key, key = jax.random.split(key, 3)
     variables = jax.jit(module.init)(init_key, jnp.asarray(data.images[:1]))
+    out = jax.eval_shape(module.apply, variables, data.images[:1])
+    check_labels(data.labels, out.shape[-1], "training")
     batch_size, per_epoch = batches_of(len(data.images), config.batch_size)
     optimizer = config.transform(config.epochs * per_epoch)
 

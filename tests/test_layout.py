@@ -8,7 +8,7 @@ import ibau_jax
 PACKAGE = Path(ibau_jax.__file__).parent
 ORDER = """errors parallel processes files progress data attacks convolution models resume fitting
 training metrics microbatch solvers hypergradient config batches ibau bounds defenses checkpoint
-report report_html poisoned pipeline reproduce cli""".split()
+report report_html attack_options poisoned pipeline reproduce cli""".split()
 
 
 def imported(path: Path):

@@ -1,6 +1,7 @@
 """Training: presets, shuffling, and runs that are stopped and taken up again."""
 
 import filecmp
+import json
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import same
 
-from ibau_jax import Dataset, InputError, poisoned
+from ibau_jax import Dataset, InputError, load, poisoned
 from ibau_jax.attacks import Attack, badnets_square
 from ibau_jax.checkpoint import load_model
 from ibau_jax.models import VGG
@@ -51,6 +52,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch, stop):
             train(MODULE, DATA, config=CONFIG, key=KEY, checkpoints=states)
     states = Checkpoints(folder, settings, resume=True, seconds=0)
     resumed, records = train(MODULE, DATA, config=CONFIG, key=KEY, checkpoints=states)
+    assert states.resumed == stop
     same(resumed, whole)
     assert [r["loss"] for r in records] == [r["loss"] for r in history]
     states.remove()
@@ -67,6 +69,7 @@ def test_an_older_state_serves_where_the_last_is_damaged(tmp_path):
             path.write_bytes(b"")
     states = Checkpoints(tmp_path / "states", {}, resume=True)
     resumed, history = train(MODULE, DATA, config=two, key=KEY, checkpoints=states)
+    assert states.resumed == 5
     same(resumed, whole)
     assert len(history) == 2
 
@@ -83,17 +86,22 @@ def test_another_run_is_not_taken_up(tmp_path):
 
 
 def test_sigkill_then_resume_is_bit_for_bit(tmp_path):
-    """The real command, killed in its second epoch."""
-    command = [sys.executable, "-m", "ibau_jax", "train", "--epochs", "3", "--json", "--out"]
+    """The real command, killed in the middle of an epoch."""
+    often = "from ibau_jax import cli, resume; resume.SECONDS = 0.1; cli.run()"
+    command = [sys.executable, "-c", often, "train", "--epochs", "3", "--json", "--out"]
     killed, whole = tmp_path / "killed.safetensors", tmp_path / "whole.safetensors"
     states = tmp_path / "killed.safetensors.checkpoints"
+    per_epoch = len(load("digits", "train").labels) // TrainConfig.cpu("digits").batch_size
+
+    def steps() -> list[int]:
+        return [int(path.name) for path in states.glob("*") if path.name.isdigit()]
+
     run = subprocess.Popen([*command, killed], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 120
-        while not any(path.name.isdigit() for path in states.glob("*")):  # the first epoch is done
+        while not any(step % per_epoch for step in steps()):
             assert run.poll() is None and time.monotonic() < deadline
-            time.sleep(0.05)
-        time.sleep(0.3)
+            time.sleep(0.01)
         run.send_signal(signal.SIGKILL)
     finally:
         run.kill()
@@ -101,7 +109,9 @@ def test_sigkill_then_resume_is_bit_for_bit(tmp_path):
     assert states.is_dir() and not killed.exists()
     refused = subprocess.run([*command, killed], capture_output=True, text=True)
     assert refused.returncode == 2 and "--resume" in refused.stderr
-    subprocess.run([*command, killed, "--resume"], check=True, capture_output=True)
+    last = max(steps())
+    resumed = subprocess.run([*command, killed, "--resume"], check=True, capture_output=True)
+    assert json.loads(resumed.stdout)["resumed_at"] == last and last % per_epoch
     subprocess.run([*command, whole], check=True, capture_output=True)
     same(load_model(killed).variables, load_model(whole).variables)
     assert filecmp.cmp(killed, whole, shallow=False) and not states.exists()
@@ -115,6 +125,10 @@ def test_presets_and_schedules():
         TrainConfig(schedule="constants")
     with pytest.raises(InputError, match="rate is 0"):
         TrainConfig(rate=0)
+    with pytest.raises(InputError, match="dropout is -1"):
+        TrainConfig(dropout=-1)
+    with pytest.raises(InputError, match="rates of .* below 1"):
+        train(MODULE, DATA, config=replace(CONFIG, dropout=4), key=KEY)
     with pytest.raises(InputError, match="empty"):
         train(MODULE, Dataset(DATA.images[:0], DATA.labels[:0]), key=KEY)
 
@@ -137,9 +151,44 @@ def test_epochs_of_the_preset_cpu(monkeypatch, tmp_path, names, target, epochs):
 
 
 def test_divergence_is_told():
-    broken = Dataset(np.full_like(DATA.images, np.nan), DATA.labels)
-    with pytest.raises(InputError, match="training diverged; choose a smaller rate than 0.01"):
-        train(MODULE, broken, config=CONFIG, key=KEY)
+    steep = replace(CONFIG, rate=1e30, schedule="constant")
+    with pytest.raises(InputError, match="training diverged; choose a smaller rate than 1e.30"):
+        train(MODULE, DATA, config=steep, key=KEY)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (Dataset(np.full_like(DATA.images, np.nan), DATA.labels), "from nan to nan"),
+        (Dataset((255 * DATA.images).astype(np.uint8), DATA.labels), "training images are uint8"),
+        (Dataset(DATA.images, DATA.labels[:7]), r"training labels are int32 \(7,\)"),
+        (Dataset(DATA.images, DATA.labels + 3), "range from 3 to 7, but the model has 5 classes"),
+    ],
+)
+def test_what_cannot_be_trained_on_is_refused(data, message):
+    with pytest.raises(InputError, match=message):
+        train(MODULE, data, config=CONFIG, key=KEY)
+
+
+def test_a_state_that_cannot_be_written_is_told_and_ends_nothing(tmp_path, monkeypatch):
+    states = Checkpoints(tmp_path / "states", {}, seconds=0)
+
+    def full(*_, **__):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(states._manager, "save", full)
+    with pytest.warns(UserWarning, match="cannot write a state .* No space left"):
+        trained, _ = train(MODULE, DATA, config=CONFIG, key=KEY, checkpoints=states)
+    same(trained, train(MODULE, DATA, config=CONFIG, key=KEY)[0])
+
+
+def test_what_is_stored_with_a_state_is_that_of_its_time(tmp_path, monkeypatch):
+    """Orbax writes while the loop goes on and adds to its lists."""
+    states, stored, losses = Checkpoints(tmp_path / "states", {}), [], [0.5]
+    monkeypatch.setattr(states._manager, "save", lambda step, args: stored.append(args))
+    states.save(1, {"x": np.zeros(3)}, {"losses": losses})
+    losses.append(0.4)
+    assert stored[0].about.item["losses"] == [0.5]
 
 
 def test_dropout_of_the_config_is_used():

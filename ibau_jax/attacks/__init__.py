@@ -5,6 +5,7 @@ from ibau_jax.attacks.optimised import Network
 from ibau_jax.attacks.poison import (
     SCENARIOS,
     Attack,
+    check_ratio,
     check_target,
     poison,
     poison_all,
@@ -21,6 +22,7 @@ __all__ = [
     "Trigger",
     "badnets_square",
     "blend",
+    "check_ratio",
     "check_target",
     "make_attack",
     "make_trigger",

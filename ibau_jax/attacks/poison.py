@@ -77,6 +77,12 @@ def check_target(target: int, num_classes: int) -> None:
         )
 
 
+def check_ratio(ratio: float) -> None:
+    """Raise `InputError` unless `ratio` is a poison ratio."""
+    if not 0 <= ratio <= 1:
+        raise InputError(f"poison ratio {ratio}: expected a share in [0, 1], for example 0.2")
+
+
 def poison(
     data: Dataset, attack: Attack, ratio: float, seed: int | Sequence[int] = 0
 ) -> tuple[Dataset, np.ndarray]:
@@ -98,8 +104,7 @@ def poison(
       InputError: the ratio is outside [0, 1] or asks for more rows than there are, or the trigger
         makes what is no image.
     """
-    if not 0 <= ratio <= 1:
-        raise InputError(f"poison ratio {ratio}: expected a share in [0, 1], for example 0.2")
+    check_ratio(ratio)
     images, labels = np.array(data.images), np.array(data.labels)
     wanted = attack.wanted(labels)
     candidates = np.flatnonzero(labels != wanted)

@@ -1,5 +1,6 @@
 """Data sets: `load(name, split)` gives a `Dataset` of images in [0, 1] and labels."""
 
+from ibau_jax.data.check import check_data, check_labels
 from ibau_jax.data.datasets import DATASETS, DataInfo, Dataset, data_info, load
 from ibau_jax.data.splits import check_disjoint, split_indices
 
@@ -7,7 +8,9 @@ __all__ = [
     "DATASETS",
     "DataInfo",
     "Dataset",
+    "check_data",
     "check_disjoint",
+    "check_labels",
     "data_info",
     "load",
     "split_indices",
