@@ -10,7 +10,8 @@ import pytest
 from conftest import random_variables
 from PIL import Image
 
-from ibau_jax.attacks import Attack, Trigger, badnets_square
+from ibau_jax import attack_options, pipeline
+from ibau_jax.attacks import Attack, Trigger, badnets_square, blend
 from ibau_jax.checkpoint import Model, load_model, save_model
 from ibau_jax.cli import main
 from ibau_jax.defenses import Defense, neural_cleanse
@@ -263,6 +264,8 @@ def test_a_data_set_that_is_not_prepared_is_refused(capsys, tmp_path):
         (["--preset", "gpu"], "did you mean 'cpu'"),
         (["--attack", "none", "--target", "3"], "--attack none is a clean model"),
         (["--trigger-mask", "m.npy"], "a trigger mask without a trigger"),
+        (["--trigger-rule", "replace"], "expected a picture, or --attack blend"),
+        (["--attack", "blend", "--trigger-rule", "replaced"], "did you mean 'replace'"),
         (["--seed", "-1"], "the seed is -1"),
         (["--trigger", "missing.png", "--target", "1"], "cannot read the trigger"),
     ],
@@ -270,6 +273,39 @@ def test_a_data_set_that_is_not_prepared_is_refused(capsys, tmp_path):
 def test_train_refuses(capsys, tmp_path, arguments, message):
     assert message in refused(capsys, "train", *arguments, "--out", tmp_path / "m.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_wrong_option_is_told_before_a_trigger_is_optimised(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(attack_options, "make_attacks", lambda *_, **__: pytest.fail("too early"))
+    common = ["--attack", "l2", "--out", tmp_path / "m.safetensors"]
+    for name, value in (
+        ("--preset", "x"),
+        ("--epochs", 0),
+        ("--poison-ratio", 2),
+        ("--devices", 9),
+    ):
+        assert str(value) in refused(capsys, "train", name, value, *common)
+
+
+@pytest.mark.parametrize(("rule", "expected"), [("add", "additive"), ("replace", "convex")])
+def test_blend_is_convex_by_its_rule(capsys, digits_model, monkeypatch, rule, expected):
+    measured = []
+    monkeypatch.setattr(
+        pipeline, "evaluate_model", lambda *arguments: measured.append(arguments[3]) or {}
+    )
+    run(capsys, "evaluate", "--model", digits_model, "--attack", "blend", "--trigger-rule", rule)
+    ((attack,),) = measured
+    black = np.zeros((1, 32, 32, 3), np.float32)
+    for images in (black, black + 1):
+        np.testing.assert_array_equal(attack.trigger(images), blend(rule=expected)(images))
+
+
+def test_a_full_disk_is_told_in_one_line(capsys, defended, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    assert "No space left on device" in refused(capsys, "report", defended[0])
 
 
 def test_evaluate_refuses_a_trigger_without_a_target(capsys, tmp_path):
