@@ -48,18 +48,22 @@ def figure2(
         info = data_info(dataset)
         held_out = load(dataset, info.split, data_dir)
         for j, name in enumerate(ATTACKS):
-            attack = _attack(models / f"{dataset}-{name}.safetensors")
+            attack = _attack(models / f"{dataset}-{name}.safetensors", dataset, name)
             others = np.flatnonzero(attack.wanted(held_out.labels) != held_out.labels)
             row = np.random.default_rng([seed, i, j]).choice(others)
             image = np.asarray(held_out.images[row])
-            shown = (attack.trigger.scaled(), image, attack.trigger(image))
-            for k, picture in enumerate(shown):
+            shown = {
+                "trigger, scaled": attack.trigger.scaled(),
+                "before": image,
+                "after": attack.trigger(image),
+            }
+            for k, (what, picture) in enumerate(shown.items()):
                 axes[3 * i + k, j].imshow(np.asarray(picture), interpolation="nearest")
+                if j == 0:
+                    axes[3 * i + k, j].set_ylabel(f"{dataset}\n{what}", fontsize=9)
             label = "all" if attack.target is None else info.class_names[attack.target]
             title = f"{name}\n{attack.target}: {_short(label)}"
             axes[3 * i, j].set_title(title, fontsize=9)
-        for k, what in enumerate(("trigger, scaled", "before", "after")):
-            axes[3 * i + k, 0].set_ylabel(f"{dataset}\n{what}", fontsize=9)
     path = out / "figure2.png"
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
@@ -69,16 +73,20 @@ def figure2(
 FIGURES: dict[str, Callable[..., dict[str, Any]]] = {"figure2": figure2}
 
 
-def _attack(path: Path) -> Attack:
+def _attack(path: Path, dataset: str, name: str) -> Attack:
     if not path.is_file():
         raise InputError(
             f"no model {str(path)!r}: expected a file for each data set and attack; make them with "
             "'python experiments/zoo.py run' (digits: 'ibau train'), or name a folder by --models"
         )
-    attacks = load_model(path).attacks
-    if len(attacks) != 1:
-        raise InputError(f"{str(path)!r} carries {len(attacks)} attacks: expected one")
-    return attacks[0]
+    model = load_model(path)
+    names = [attack.name for attack in model.attacks]
+    if names != [name] or model.dataset != dataset:
+        raise InputError(
+            f"{str(path)!r} is a model of {model.dataset} with the attacks {names}: expected "
+            f"{dataset} and [{name!r}], by its name"
+        )
+    return model.attacks[0]
 
 
 def _short(text: str, length: int = 16) -> str:

@@ -1,5 +1,7 @@
 """Figures of the paper, at smoke scale."""
 
+import shutil
+
 import numpy as np
 import pytest
 from conftest import random_variables
@@ -33,6 +35,10 @@ def test_figure2(models, tmp_path, capsys):
 
 def test_missing_models_are_told(models, tmp_path):
     with pytest.raises(InputError, match="zoo.py run"):
+        reproduce("figure2", tmp_path, "smoke", tmp_path, 0, None)
+    for name in ATTACKS:
+        shutil.copy(models / "digits-l2.safetensors", tmp_path / f"digits-{name}.safetensors")
+    with pytest.raises(InputError, match=r"attacks \['l2'\]: expected digits and \['badnets'\]"):
         reproduce("figure2", tmp_path, "smoke", tmp_path, 0, None)
     with pytest.raises(InputError, match="did you mean 'figure2'"):
         reproduce("figure22", models, "smoke", tmp_path, 0, None)
