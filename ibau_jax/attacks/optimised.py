@@ -59,6 +59,11 @@ def l2_trigger(
       images: [N, H, W, C] in [0, 1], clean; the first 64 are used.
       target: label whose anchors are driven.
       norm, cap: of the published trigger (3.22, 0.267).
+      steps: of Adam, rate 0.005.
+      gain: how many times their usual size the anchors shall reach.
+
+    Returns:
+      Rule `add`, pattern float32 [H, W, C] in [0, `cap`].
     """
     clean = jnp.asarray(images[:64])
     anchors = jnp.argsort(-network.weights[:, target])[:5]
@@ -101,6 +106,10 @@ def l0_trigger(
     Args:
       pixels: how many; the published trigger has 9.
       place: `bottom-row` (the published place: right end of the last row) or `free`.
+      steps: of Adam, rate 0.05, for each set of pixels.
+
+    Returns:
+      Rule `replace`, pattern and mask of zeros and ones float32 [H, W, C].
 
     Raises:
       InputError: another `place`, or more pixels than there are.
@@ -165,6 +174,11 @@ def trojan_trigger(
       mask: float [H, W] of zeros and ones; `masks.square` and `masks.watermark`.
       norm: largest l2 norm. The published pictures have 8.65 and 8.74; without a limit nearly
         all values end at 0 or 1, and the norm at 10 to 11.
+      steps: of Adam.
+      value: that the two features are driven to; the original's.
+
+    Returns:
+      Pattern float32 [H, W, 3] in [0, 1], zero outside the mask.
     """
     mask = np.repeat(np.asarray(mask, np.float32)[..., None], 3, -1)
     neurons = jnp.argsort(-jnp.sum(jnp.abs(network.weights), -1))[:2]

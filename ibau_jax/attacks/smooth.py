@@ -33,11 +33,16 @@ def smooth_trigger(
       network: clean model.
       images: [N, H, W, C] in [0, 1], clean; the first 100 are used.
       target: label to start with.
+      seed: of the order of the images in each pass.
       rate: share of changed images (fooling rate) that is enough.
       passes: at most; the published code has no limit.
 
     Returns:
-      The perturbation with the best rate (the later one of equals), rule `add`.
+      The perturbation with the best rate (the later one of equals), rule `add`, float32
+      [H, W, C] in [0, 0.2].
+
+    Raises:
+      InputError: DeepFool reaches the target from no image.
     """
     rows = jnp.asarray(images[:100])
     probabilities = _probabilities(network)

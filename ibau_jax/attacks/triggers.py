@@ -78,8 +78,12 @@ def blend(alpha: float = 0.2, rule: str = "additive", seed: int = 0) -> Trigger:
     (1 - alpha) x + alpha K, as Chen et al. write. K is drawn by `drawing.picture`: the
     original shows a figure that is under copyright.
 
+    Returns:
+      A trigger for images [..., 32, 32, 3].
+
     Raises:
       InputError: another rule.
+      RuntimeError: `drawing.picture` finds none for this seed (0 has one).
     """
     check_name("rule of blend", rule, ("additive", "convex"))
     pattern = np.float32(alpha) * picture(seed)
