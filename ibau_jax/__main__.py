@@ -1,7 +1,5 @@
 """`python -m ibau_jax` is `ibau`."""
 
-import sys
+from ibau_jax.cli import run
 
-from ibau_jax.cli import main
-
-sys.exit(main())
+run()

@@ -82,7 +82,7 @@ def save_model(path: str | Path, model: Model, dtype: Any = np.float32) -> Path:
         }
     metadata = {FORMAT: json.dumps(header)}
     with atomic_path(path) as temporary:
-        safetensors.numpy.save_file(tensors, temporary, metadata)
+        temporary.write_bytes(safetensors.numpy.save(tensors, metadata))
     return Path(path)
 
 

@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -353,7 +354,7 @@ def prepare(
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax: tracebacks of what we tell
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
         _parse(arguments)()
@@ -433,6 +434,7 @@ def _parse(arguments: list[str] | None) -> Callable[[], None]:
 
 def run() -> None:
     """Entry point of the console script."""
+    warnings.formatwarning = lambda message, *_: f"ibau: warning: {message}\n"
     sys.exit(main())
 
 
