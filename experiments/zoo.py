@@ -144,15 +144,15 @@ def train(entry: Entry) -> dict:
 def table() -> None:
     """Print the tables (Markdown): our models beside the paper's rows "No Defense"."""
     rows = {row["model"]: row for row in read(RESULTS)}
-    print("| table | model | epochs | ACC | paper | ASR | paper | ASR excl. | minutes |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("| table | model | epochs | ACC | paper | ASR | paper | ASR excl. |")
+    print("|---|---|---|---|---|---|---|---|")
     for entry in entries():
         if (row := rows.get(entry.name)) is None:
             continue
         ours = [percent(row[k]) for k in ("acc", "asr", "asr_excl")]
         paper = ["" if value is None else f"{value:.2f}" for value in (entry.acc, entry.asr)]
         cells = [entry.table or "", entry.name, str(row["epochs"]), ours[0], paper[0], ours[1]]
-        print("|", " | ".join([*cells, paper[1], ours[2], f"{row['train_seconds'] / 60:.0f}"]), "|")
+        print("|", " | ".join([*cells, paper[1], ours[2]]), "|")
     print("\n| model | " + " | ".join(ATTACKS) + " |")
     print("|---" * (len(ATTACKS) + 1) + "|")
     for data, paper in SEVEN_ASR.items():
