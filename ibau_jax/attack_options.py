@@ -60,7 +60,7 @@ def make_attacks(
       on_note: is told what takes long.
 
     Returns:
-      None for `none`, one, or (seven-target) seven attacks.
+      No attack for `none`, else one, or seven in the scenario seven-target.
 
     Raises:
       InputError: names or values that do not fit each other.
@@ -89,13 +89,13 @@ def make_attacks(
         return ()
     name = attack or "badnets"
     if target is not None:
+        if scenario == "all-to-all":
+            raise InputError("the scenario all-to-all has no target: leave out --target")
         check_target(target, info.num_classes)
     if trigger is None:
         check_name("attack", name, ["none", *ATTACKS])
         trigger = _trigger(name, info, clean_model, seed, data_dir, on_note, target)
     if scenario == "all-to-all":
-        if target is not None:
-            raise InputError("the scenario all-to-all has no target: leave out --target")
         return (Attack(name, trigger, None, info.num_classes),)
     if name in ATTACKS:
         return (make_attack(name, info.num_classes, target, trigger),)
@@ -133,7 +133,6 @@ def _trigger(
             f"{str(clean_model)!r} is a model of {model.dataset} "
             f"({describe(model.attacks) or 'clean'}): expected a clean model of {info.name}"
         )
-
     images = np.asarray(load(info.name, "train[:100]", data_dir).images)
 
     def optimise() -> tuple[np.ndarray, np.ndarray]:
