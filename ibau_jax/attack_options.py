@@ -1,7 +1,6 @@
 """From command-line values to attacks."""
 
 import hashlib
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from ibau_jax.attacks import (
 )
 from ibau_jax.checkpoint import Model, load_model, model_hash
 from ibau_jax.data import DataInfo, data_info, load
-from ibau_jax.data.cache import cached
+from ibau_jax.data.cache import cached, checksums
 from ibau_jax.errors import InputError, check_name
 from ibau_jax.models import build
 
@@ -142,7 +141,7 @@ def _trigger(
 
     source = b"".join(Path(str(module.__file__)).read_bytes() for module in OPTIMISED)
     made_by = hashlib.sha256(source).hexdigest()[:8]
-    made_of = f"{info.name}-{zlib.crc32(images.tobytes()):08x}-{model_hash(model)}"
+    made_of = f"{info.name}-{checksums([images])[0]:08x}-{model_hash(model)}"
     key = f"trigger-{made_by}-{name}-{target}-{made_of}-seed{seed}"
     pattern, mask = (np.array(array) for array in cached(key, optimise))
     return Trigger("replace", pattern, mask) if mask.size else Trigger("add", pattern)

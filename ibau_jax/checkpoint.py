@@ -6,6 +6,7 @@ can be measured anywhere with nothing else.
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,13 +54,7 @@ def save_model(path: str | Path, model: Model, dtype: Any = np.float32) -> Path:
     Raises:
       InputError: a trigger is a function of the user's, or the folder cannot be written to.
     """
-    triggers = [attack.trigger for attack in model.attacks]
-    for trigger in triggers:
-        if not isinstance(trigger, Trigger):
-            raise InputError(
-                f"the trigger {trigger!r} is a function: a model file holds a `Trigger`; leave "
-                "the attack out of the model, or make a `Trigger` of it"
-            )
+    triggers = triggers_of(model.attacks)
     tensors = {
         name: np.ascontiguousarray(value, dtype)
         for name, value in flatten_dict(model.variables, sep="/").items()
@@ -84,6 +79,23 @@ def save_model(path: str | Path, model: Model, dtype: Any = np.float32) -> Path:
     with atomic_path(path) as temporary:
         temporary.write_bytes(safetensors.numpy.save(tensors, metadata))
     return Path(path)
+
+
+def triggers_of(attacks: Sequence[Attack]) -> list[Trigger]:
+    """The triggers of attacks, for a model file.
+
+    Raises:
+      InputError: one of them is a function.
+    """
+    triggers = []
+    for attack in attacks:
+        if not isinstance(attack.trigger, Trigger):
+            raise InputError(
+                f"the trigger {attack.trigger!r} is a function: a model file holds a `Trigger`; "
+                "leave the attack out of the model, or make a `Trigger` of it"
+            )
+        triggers.append(attack.trigger)
+    return triggers
 
 
 def load_model(path: str | Path) -> Model:

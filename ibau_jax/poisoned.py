@@ -2,19 +2,18 @@
 
 import hashlib
 import time
-import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import jax
-import numpy as np
 
 from ibau_jax import parallel, processes
 from ibau_jax.attack_options import describe
 from ibau_jax.attacks import Attack, Trigger, check_ratio, poison_all, scenario_of
-from ibau_jax.checkpoint import Model, save_model
+from ibau_jax.checkpoint import Model, save_model, triggers_of
 from ibau_jax.data import data_info, load
+from ibau_jax.data.cache import checksums
 from ibau_jax.errors import InputError, check_name
 from ibau_jax.files import make_folder
 from ibau_jax.metrics import evaluator
@@ -107,12 +106,7 @@ def train_model(
     if epochs is None and preset == "cpu":
         times, among = (3, 1) if scenario_of(attacks) == "all-to-all" else (1, len(attacks) or 1)
         config = replace(config, epochs=-(-times * config.epochs // among))
-    for attack in attacks:
-        if not isinstance(attack.trigger, Trigger):
-            raise InputError(
-                f"the trigger {attack.name!r} is a function, which a model file cannot hold: make "
-                "a `Trigger` of it, or use `poison` and `training.train`"
-            )
+    triggers = triggers_of(attacks)  # said now, not when the training has ended
     info, first, out = data_info(dataset), processes.is_first(), Path(out)
     data, held_out = load(dataset, "train", data_dir), load(dataset, info.split, data_dir)
     clean, (data, _) = data, poison_all(data, attacks, poison_ratio, seed)
@@ -123,12 +117,12 @@ def train_model(
             "dataset": dataset,
             "attack": describe(attacks),
             "targets": [attack.target for attack in attacks],
-            "triggers": [_digest(attack.trigger) for attack in attacks],
+            "triggers": [_digest(trigger) for trigger in triggers],
             "poison ratio": poison_ratio if attacks else None,
             "seed": seed,
             "devices": len(devices.all),
             "settings": repr(config),
-            "data": [zlib.crc32(np.ascontiguousarray(array).data) for array in clean],
+            "data": checksums(clean),
             "backend": jax.default_backend(),
             "versions": versions(),
         }
@@ -177,7 +171,7 @@ def train_model(
     }
 
 
-def _digest(trigger: Any) -> str:
+def _digest(trigger: Trigger) -> str:
     """Tells triggers apart."""
     parts = (trigger.rule.encode(), trigger.pattern.tobytes())
     mask = b"" if trigger.mask is None else trigger.mask.tobytes()
