@@ -1,5 +1,6 @@
 """From command-line values to attacks."""
 
+import dataclasses
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +11,12 @@ import numpy as np
 
 from ibau_jax.attacks import (
     ATTACKS,
+    RULES,
     SCENARIOS,
     Attack,
     Network,
     Trigger,
+    blend,
     check_target,
     make_attack,
     make_trigger,
@@ -28,6 +31,7 @@ from ibau_jax.data.cache import cached, checksums
 from ibau_jax.errors import InputError, check_name
 from ibau_jax.models import build
 
+RULES_OF = {"blend": RULES, "smooth": ("add", "renormalise")}  # "add" is the paper's
 OPTIMISED = (masks, optimised, smooth)  # a change in them forgets cached triggers
 
 
@@ -42,6 +46,7 @@ def make_attacks(
     scenario: str = "one-target",
     target: int | None = None,
     trigger: Trigger | None = None,
+    rule: str | None = None,
     clean_model: str | Path | None = None,
     seed: int = 0,
     data_dir: str | None = None,
@@ -54,6 +59,9 @@ def make_attacks(
         the scenario seven-target.
       target: None: the paper's. Only in the scenario one-target.
       trigger: the user's own.
+      rule: another one than the paper's for the trigger of `attack`, of `RULES_OF`: `replace` is
+        the convex mix of Chen et al. (2017) for blend, `renormalise` what Zeng et al. (2021) do
+        with the Smooth trigger.
       clean_model: model file against which triggers are optimised. They are kept in the cache.
       seed: of the triggers that are optimised.
       on_note: is told what takes long.
@@ -65,6 +73,13 @@ def make_attacks(
       InputError: names or values that do not fit each other.
     """
     check_name("scenario", scenario, SCENARIOS)
+    if rule is not None:
+        if trigger is not None or attack not in RULES_OF:
+            raise InputError(
+                "--trigger-rule without --trigger: expected a picture, or --attack "
+                + " or ".join(RULES_OF)
+            )
+        check_name(f"trigger rule of {attack}", rule, RULES_OF[attack])
     info = data_info(dataset)
     if scenario == "seven-target":
         if attack is not None or trigger is not None or target is not None:
@@ -94,6 +109,10 @@ def make_attacks(
     if trigger is None:
         check_name("attack", name, ["none", *ATTACKS])
         trigger = _trigger(name, info, clean_model, seed, data_dir, on_note, target)
+        if (name, rule) == ("blend", "replace"):
+            trigger = blend(rule="convex")
+        elif rule is not None:
+            trigger = dataclasses.replace(trigger, rule=rule)
     if scenario == "all-to-all":
         return (Attack(name, trigger, None, info.num_classes),)
     if name in ATTACKS:

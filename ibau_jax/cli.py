@@ -21,7 +21,7 @@ import tyro
 from rich.console import Console
 from tyro.conf import Positional, arg
 
-from ibau_jax.errors import InputError, LostProcess, check_name
+from ibau_jax.errors import InputError, LostProcess
 
 if TYPE_CHECKING:
     from ibau_jax.attacks import Attack
@@ -54,8 +54,9 @@ TriggerFile = Annotated[Path | None, arg(help="picture of a trigger, 32x32")]
 TriggerRule = Annotated[
     str | None,
     arg(
-        help="of --trigger, or of blend: add (default), clip(image + trigger), or replace, "
-        "image * (1 - mask) + trigger (blend: the convex mix)"
+        help="of --trigger, blend or smooth: add (default), clip(image + trigger), renormalise, "
+        "image + trigger brought to [0, 1], or replace, image * (1 - mask) + trigger (blend: the "
+        "convex mix; not of smooth)"
     ),
 ]
 NumDevices = Annotated[int | None, arg(help="GPUs, TPU cores or CPUs to use; default: all")]
@@ -394,22 +395,17 @@ def _join(coordinator: str | None, num_processes: int | None, process_id: int | 
 
 def _attacks(dataset, attack, target, trigger, rule, mask, **more) -> "tuple[Attack, ...]":
     """The attacks that options describe."""
-    from ibau_jax import attack_options, attacks
+    from ibau_jax import attack_options
 
     own = None
     if trigger is not None:
         own = attack_options.read_trigger(trigger, rule or "add", mask)
-        attack = attack or trigger.stem
+        attack, rule = attack or trigger.stem, None
     elif mask is not None:
         raise InputError("a trigger mask without a trigger: give the picture by --trigger")
-    elif rule is not None:
-        if attack != "blend":
-            raise InputError(
-                "--trigger-rule without --trigger: expected a picture, or --attack blend"
-            )
-        check_name("trigger rule", rule, attacks.RULES)
-        own = attacks.blend(rule="additive" if rule == "add" else "convex")
-    return attack_options.make_attacks(dataset, attack, target=target, trigger=own, **more)
+    return attack_options.make_attacks(
+        dataset, attack, target=target, trigger=own, rule=rule, **more
+    )
 
 
 def _parse(arguments: list[str] | None) -> Callable[[], None]:

@@ -66,6 +66,14 @@ def test_an_optimised_trigger_is_kept(clean_model, made):
     assert len(made) == 4, "another model, another trigger"
 
 
+def test_the_smooth_trigger_can_renormalise(clean_model, made):
+    (added,) = make_attacks("digits", "smooth", clean_model=clean_model)
+    (other,) = make_attacks("digits", "smooth", clean_model=clean_model, rule="renormalise")
+    assert (added.trigger.rule, other.trigger.rule) == ("add", "renormalise")
+    np.testing.assert_array_equal(added.trigger.pattern, other.trigger.pattern)
+    assert len(made) == 1, "optimised once"
+
+
 def test_seven_targets_have_the_papers_triggers_and_their_own_targets(clean_model, made):
     attacks = make_attacks("digits", scenario="seven-target", clean_model=clean_model)
     assert [attack.name for attack in attacks] == list(ATTACKS)

@@ -66,6 +66,12 @@ def test_rules(seed):
     np.testing.assert_allclose(added, np.minimum(images + pattern, 1), rtol=1e-6)
     replaced = Trigger("replace", pattern, mask)(images)
     np.testing.assert_allclose(replaced, np.clip(images * (1 - mask) + pattern, 0, 1), rtol=1e-5)
+    batch = np.stack([images, 0.1 * images])
+    renormalised = Trigger("renormalise", pattern)(batch)
+    for image, found in zip(batch, renormalised, strict=True):
+        added = image + pattern
+        expected = (added - added.min()) / (added.max() - added.min())
+        np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 def test_trigger_files(tmp_path):

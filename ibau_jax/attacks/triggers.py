@@ -11,7 +11,7 @@ from PIL import Image
 from ibau_jax.attacks.drawing import picture
 from ibau_jax.errors import InputError, check_name
 
-RULES = ("add", "replace")
+RULES = ("add", "replace", "renormalise")
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,11 @@ class Trigger:
 
     Rule `add` gives clip(image + pattern), rule `replace` gives
     clip(image * (1 - mask) + pattern); both clip to [0, 1] (published code, `patching`).
+    Rule `renormalise` brings image + pattern to [0, 1] by its smallest and largest value, each
+    image by its own (Zeng et al., 2021, for the Smooth trigger).
 
     Attributes:
-      rule: `add` or `replace`.
+      rule: of `RULES`.
       pattern: float32 [H, W, C] in [0, 1].
       mask: float32 [H, W, C] in [0, 1], for `replace` only.
 
@@ -39,7 +41,7 @@ class Trigger:
         if (self.mask is None) == (self.rule == "replace"):
             raise InputError(
                 f"trigger rule {self.rule!r}: expected a mask with 'replace' (an .npy file, or "
-                "a picture that is transparent in part) and none with 'add'"
+                "a picture that is transparent in part) and none with another rule"
             )
         for what, array in (("pattern", self.pattern), ("mask", self.mask)):
             if array is not None:
@@ -52,9 +54,14 @@ class Trigger:
 
     def __call__(self, images: jax.Array | np.ndarray) -> jax.Array:
         """Stamp the trigger: images [..., H, W, C] in [0, 1] -> the same shape, in [0, 1]."""
-        if self.mask is None:
-            return jnp.clip(images + self.pattern, 0, 1)
-        return jnp.clip(images * (1 - self.mask) + self.pattern, 0, 1)
+        if self.mask is not None:
+            return jnp.clip(images * (1 - self.mask) + self.pattern, 0, 1)
+        added = jnp.asarray(images) + self.pattern
+        if self.rule == "add":
+            return jnp.clip(added, 0, 1)
+        low = jnp.min(added, (-3, -2, -1), keepdims=True)
+        high = jnp.max(added, (-3, -2, -1), keepdims=True)
+        return (added - low) / jnp.maximum(high - low, 1e-6)
 
     def scaled(self) -> np.ndarray:
         """The pattern to look at, its largest value 1: float32 [H, W, C]."""
@@ -101,7 +108,7 @@ def trigger_from_files(
 
     Args:
       pattern: PNG or another format of 8 bits a channel; values are divided by 255.
-      rule: `add` or `replace`.
+      rule: of `RULES`.
       mask: .npy, [H, W], [H, W, C] or channels first [C, H, W], values in [0, 1]; None: with
         `replace`, how opaque the picture is. Where the mask is 0 the picture does not count.
 
