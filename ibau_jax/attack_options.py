@@ -106,12 +106,12 @@ def make_attacks(
         if scenario == "all-to-all":
             raise InputError("the scenario all-to-all has no target: leave out --target")
         check_target(target, info.num_classes)
-    if trigger is None:
+    if (name, rule) == ("blend", "replace"):
+        trigger = blend(rule="convex")
+    elif trigger is None:
         check_name("attack", name, ["none", *ATTACKS])
         trigger = _trigger(name, info, clean_model, seed, data_dir, on_note, target)
-        if (name, rule) == ("blend", "replace"):
-            trigger = blend(rule="convex")
-        elif rule is not None:
+        if rule is not None:
             trigger = dataclasses.replace(trigger, rule=rule)
     if scenario == "all-to-all":
         return (Attack(name, trigger, None, info.num_classes),)
