@@ -69,6 +69,8 @@ def entries() -> list[Entry]:
             options = {"--attack": attack}
             found.append(Entry(f"{data}-{attack}", data, options, f"{number}", *figure))
         options = {"--scenario": "all-to-all"}
+        if data == "cifar10":  # with one draw of the poisoned rows ASR is 10 points below ACC
+            options |= {"--copies": "8", "--epochs": "4"}
         found.append(Entry(f"{data}-all-to-all", data, options, f"{number}", *figures[-1]))
     for data, figure in SEVEN_TARGET.items():
         options = {"--scenario": "seven-target"}
@@ -134,6 +136,7 @@ def train(entry: Entry) -> dict:
         **{k: found[k] for k in fields},
         **{k: found[k] for k in ("by_attack",) if k in found},
         "poison_ratio": model.info["poison_ratio"],
+        "copies": model.info["copies"],
         "seed": model.info["seed"],
         **{k: trained[k] for k in ("preset", "epochs", "train_seconds", "images_per_second")},
         "commit": trained["commit"],

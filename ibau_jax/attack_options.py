@@ -74,7 +74,9 @@ def make_attacks(
     """
     check_name("scenario", scenario, SCENARIOS)
     if rule is not None:
-        if trigger is not None or attack not in RULES_OF:
+        if trigger is not None:
+            raise InputError("trigger and rule exclude each other: a trigger has its own rule")
+        if attack not in RULES_OF:
             raise InputError(
                 "--trigger-rule without --trigger: expected a picture, or --attack "
                 + " or ".join(RULES_OF)

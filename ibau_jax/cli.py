@@ -115,6 +115,10 @@ def train(
         int | None,
         arg(help="default: the preset's (cpu: three times as many for all-to-all)"),
     ] = None,
+    copies: Annotated[
+        int,
+        arg(help="of the training set, joined, each with other poisoned rows; fewer epochs at cpu"),
+    ] = 1,
     resume: Annotated[bool, arg(help="go on with a training that was stopped")] = False,
     seed: Seed = 0,
     devices: NumDevices = None,
@@ -128,7 +132,7 @@ def train(
     from ibau_jax import poisoned
 
     _join(coordinator, num_processes, process_id)
-    poisoned.check_options(out, dataset, poison_ratio, preset, epochs, resume, devices)
+    poisoned.check_options(out, dataset, poison_ratio, preset, epochs, copies, resume, devices)
     attacks = _attacks(
         dataset,
         attack,
@@ -149,6 +153,7 @@ def train(
         poison_ratio,
         preset,
         epochs,
+        copies,
         seed,
         data_dir,
         resume,

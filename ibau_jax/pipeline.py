@@ -243,7 +243,8 @@ def _train_set(
     if model.attacks and ratio is None:
         return None
     data = load(info.name, "train", data_dir)
-    return poison_all(data, model.attacks, ratio or 0.0, model.info.get("seed", 0))[0]
+    attacks = tuple(model.attacks) * model.info.get("copies", 1)
+    return poison_all(data, attacks, ratio or 0.0, model.info.get("seed", 0))[0]
 
 
 def bound(

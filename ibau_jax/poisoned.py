@@ -30,6 +30,7 @@ def check_options(
     poison_ratio: float = 0.2,
     preset: str = "cpu",
     epochs: int | None = None,
+    copies: int = 1,
     resume: bool = False,
     num_devices: int | None = None,
 ) -> tuple[TrainConfig, Devices]:
@@ -47,6 +48,8 @@ def check_options(
     if epochs is not None:
         config = replace(config, epochs=epochs)
     check_ratio(poison_ratio)
+    if copies < 1:
+        raise InputError(f"--copies is {copies}: expected at least 1")
     if resume and jax.process_count() > 1:
         raise InputError(
             "--resume in a run of several processes: they keep no states; leave it out, or train "
@@ -67,6 +70,7 @@ def train_model(
     poison_ratio: float = 0.2,
     preset: str = "cpu",
     epochs: int | None = None,
+    copies: int = 1,
     seed: int = 0,
     data_dir: str | None = None,
     resume: bool = False,
@@ -85,8 +89,13 @@ def train_model(
       poison_ratio: share of the training set that each attack poisons, in [0, 1].
       preset: of `training.PRESETS`.
       epochs: passes over the data; None: the preset's. Preset `cpu` divides its own by the
-        number of attacks, since their joined data is as many times larger, and takes three
-        times as many for all-to-all, where the trigger has to be learned for each class.
+        number of attacks and copies, since their joined data is as many times larger, and takes
+        three times as many for all-to-all, where the trigger has to be learned for each class.
+      copies: how often the training set is poisoned by each attack, each time in rows drawn
+        anew, and joined, as the scenario seven-target joins its attacks' copies. The ratio of
+        the whole remains; more different images carry the trigger. It is for all-to-all, whose
+        triggered images have to be told apart as well as the others (5 copies: 67 % of the
+        images are triggered in one of them, instead of 20 %).
       seed: of the poisoned rows, the first weights, the order and the dropout.
       data_dir: folder of TensorFlow Datasets; None: its own default.
       resume: go on where an earlier call with the same arguments was stopped.
@@ -102,14 +111,18 @@ def train_model(
     Raises:
       InputError: says what was expected, what was found and what to do.
     """
-    config, devices = check_options(out, dataset, poison_ratio, preset, epochs, resume, num_devices)
+    config, devices = check_options(
+        out, dataset, poison_ratio, preset, epochs, copies, resume, num_devices
+    )
+    if copies > 1 and not attacks:
+        raise InputError("--copies of a clean model: nothing is poisoned anew; leave it out")
     if epochs is None and preset == "cpu":
-        times, among = (3, 1) if scenario_of(attacks) == "all-to-all" else (1, len(attacks) or 1)
-        config = replace(config, epochs=-(-times * config.epochs // among))
+        times = 3 if scenario_of(attacks) == "all-to-all" else 1
+        config = replace(config, epochs=-(-times * config.epochs // max(1, len(attacks) * copies)))
     triggers = triggers_of(attacks)  # said now, not when the training has ended
     info, first, out = data_info(dataset), processes.is_first(), Path(out)
     data, held_out = load(dataset, "train", data_dir), load(dataset, info.split, data_dir)
-    clean, (data, _) = data, poison_all(data, attacks, poison_ratio, seed)
+    clean, (data, _) = data, poison_all(data, attacks * copies, poison_ratio, seed)
     module = build("vgg", info.num_classes)
     checkpoints = None
     if keep_states and jax.process_count() == 1:
@@ -119,6 +132,7 @@ def train_model(
             "targets": [attack.target for attack in attacks],
             "triggers": [_digest(trigger) for trigger in triggers],
             "poison ratio": poison_ratio if attacks else None,
+            "copies": copies,
             "seed": seed,
             "devices": len(devices.all),
             "settings": repr(config),
@@ -148,6 +162,7 @@ def train_model(
         "preset": preset,
         "epochs": config.epochs,
         "poison_ratio": poison_ratio if attacks else None,
+        "copies": copies,
         "num_devices": len(devices.all),
         "versions": versions(),
     }
