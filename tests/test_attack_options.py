@@ -72,6 +72,8 @@ def test_the_smooth_trigger_can_renormalise(clean_model, made):
     assert (added.trigger.rule, other.trigger.rule) == ("add", "renormalise")
     np.testing.assert_array_equal(added.trigger.pattern, other.trigger.pattern)
     assert len(made) == 1, "optimised once"
+    with pytest.raises(InputError, match="a trigger has its own rule"):
+        make_attacks("digits", "mine", target=3, trigger=added.trigger, rule="add")
 
 
 def test_seven_targets_have_the_papers_triggers_and_their_own_targets(clean_model, made):

@@ -256,6 +256,7 @@ def test_a_data_set_that_is_not_prepared_is_refused(capsys, tmp_path):
         (["--target", "12"], "target 12 is not a class"),
         (["--poison-ratio", "2"], "poison ratio 2"),
         (["--epochs", "0"], "epochs is 0"),
+        (["--copies", "0"], "--copies is 0"),
         (["--scenario", "all"], "did you mean 'all-to-all'"),
         (["--scenario", "all-to-all", "--target", "1"], "leave out --target"),
         (["--scenario", "seven-target", "--attack", "l2"], "leave out --attack"),

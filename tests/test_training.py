@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from conftest import same
 
-from ibau_jax import Dataset, InputError, load, poisoned
+from ibau_jax import Dataset, InputError, load, pipeline, poisoned
 from ibau_jax.attacks import Attack, badnets_square
 from ibau_jax.checkpoint import load_model
+from ibau_jax.data import data_info
 from ibau_jax.models import VGG
 from ibau_jax.resume import Checkpoints
 from ibau_jax.training import PRESETS, TrainConfig, train
@@ -148,6 +149,33 @@ def test_epochs_of_the_preset_cpu(monkeypatch, tmp_path, names, target, epochs):
         poisoned.train_model(**common, keep_states=False)
     with pytest.raises(Stopped, match="^2$"):
         poisoned.train_model(**common, keep_states=False, epochs=2)
+
+
+def test_copies_have_their_own_poisoned_rows(monkeypatch, tmp_path, digits_model):
+    seen = {}
+
+    def end(module, data, *, config, **_):
+        seen.update(data=data, epochs=config.epochs)
+        return load_model(digits_model).variables, [{"epoch": 4, "loss": 1.0, "seconds": 1.0}]
+
+    monkeypatch.setattr(poisoned, "train", end)
+    attack = Attack("badnets", badnets_square(), None, 10)
+    out, clean = tmp_path / "m.safetensors", load("digits", "train")
+    found = poisoned.train_model(out, "digits", (attack,), 0.2, copies=6, seed=1)
+    count = len(clean.labels)
+    assert seen["epochs"] == found["epochs"] == 4  # of 24
+    assert found["images_per_second"] == 6 * 4 * count
+    copies = [seen["data"].labels[i : i + count] for i in range(0, 6 * count, count)]
+    rows = np.array([copy != clean.labels for copy in copies])
+    np.testing.assert_array_equal(rows.sum(1), int(0.2 * count))
+    assert rows.any(0).mean() == pytest.approx(1 - 0.8**6, abs=0.03)
+    model = load_model(out)
+    assert model.info["copies"] == 6
+    again = pipeline._train_set(model, data_info("digits"), 0.2, None)
+    same(again, seen["data"])
+
+    with pytest.raises(InputError, match="copies of a clean model"):
+        poisoned.train_model(out, "digits", copies=2)
 
 
 def test_divergence_is_told():

@@ -85,6 +85,7 @@ def test_a_model_is_what_its_row_says(path):
     assert (model.dataset, scenario_of(model.attacks)) == (row["dataset"], row["scenario"])
     assert (model_hash(model), model.info["epochs"]) == (row["model_hash"], row["epochs"])
     assert (model.info["poison_ratio"], model.info["seed"]) == (row["poison_ratio"], row["seed"])
+    assert model.info.get("copies", 1) == row.get("copies", 1)
     assert path.stat().st_size < 1e6
     for attack in model.attacks:
         assert isinstance(attack.trigger, Trigger)
@@ -99,6 +100,7 @@ def test_a_model_is_as_good_as_the_papers(row, zoo):
         assert row["asr"] is None
         return
     assert row["poison_ratio"] == float(entry.options.get("--poison-ratio", 0.2))
+    assert row.get("copies", 1) == int(entry.options.get("--copies", 1))
     if row["scenario"] == "all-to-all":
         assert row["target"] is None and row["asr"] >= row["acc"] - 0.03
         return
