@@ -74,8 +74,8 @@ def make_trigger(
     assert info.optimise is not None
     if network is None or images is None:
         raise InputError(
-            f"the trigger {name!r} is optimised against a clean model: train one with 'ibau train "
-            "--attack none' and give it by --clean-model, or give a picture by --trigger"
+            f"the trigger {name!r} is optimised against a clean model: give one to 'ibau train' by "
+            "--clean-model (made with 'ibau train --attack none'), or a picture by --trigger"
         )
     return info.optimise(network, images, info.target if target is None else target, seed)
 
