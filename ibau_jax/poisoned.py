@@ -94,8 +94,8 @@ def train_model(
       copies: how often the training set is poisoned by each attack, each time in rows drawn
         anew, and joined, as the scenario seven-target joins its attacks' copies. The ratio of
         the whole remains; more different images carry the trigger. It is for all-to-all, whose
-        triggered images have to be told apart as well as the others (5 copies: 67 % of the
-        images are triggered in one of them, instead of 20 %).
+        images with the trigger have to be told apart as well as the others (5 copies: 67 % of the
+        images have it in at least one of them, instead of 20 %).
       seed: of the poisoned rows, the first weights, the order and the dropout.
       data_dir: folder of TensorFlow Datasets; None: its own default.
       resume: go on where an earlier call with the same arguments was stopped.
