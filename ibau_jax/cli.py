@@ -7,7 +7,6 @@ of the run is gone. Of many processes the first prints the result.
 import contextlib
 import functools
 import io
-import json
 import logging
 import os
 import re
@@ -448,7 +447,9 @@ def _finish(found: dict[str, Any], as_json: bool, rows: Path | None = None) -> N
     if "ibau_jax.processes" in sys.modules and not sys.modules["ibau_jax.processes"].is_first():
         return
     if as_json:
-        print(json.dumps(found))
+        from ibau_jax.files import to_json
+
+        print(to_json(found))
         return
     console = Console()
     if rows is not None:

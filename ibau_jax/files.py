@@ -1,12 +1,33 @@
-"""Files written whole or not at all: a temporary name beside the target, then a rename."""
+"""What is read and written: paths as a user names them, whole files, strict JSON."""
 
 import contextlib
+import json
+import math
 import os
+import secrets
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from ibau_jax.errors import InputError
+
+
+def user_path(path: str | Path) -> Path:
+    """A path that a user named, where `~` is the home folder (no shell has seen it).
+
+    Raises:
+      InputError: it begins with `~NAME`, and there is no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise InputError(
+            f"cannot find the home folder of {str(path)!r}: expected ~ or the name of a user after "
+            "it; write ./~NAME where the folder itself is called so"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -20,12 +41,12 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     make_folder(path.parent)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f".ibau-{secrets.token_hex(8)}")
+    # Not by `tempfile`, whose files are private: the kernel takes the umask from this mode. (It
+    # could be asked for the umask only by setting it, for all threads.)
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
         yield temporary
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files private
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -56,7 +77,24 @@ def make_folder(path: str | Path) -> Path:
     return path
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def to_json(value: Any) -> str:
+    """`value` as strict JSON in one line of ASCII.
+
+    NumPy scalars and arrays become numbers and lists; NaN and infinity, which JSON does not know,
+    become null; what is none of JSON's kinds becomes its `repr`.
+    """
+    return json.dumps(_plain(value), allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic | np.ndarray):
+        value = value.tolist()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int):
+        return value
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return repr(value)

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ibau_jax.errors import InputError
-from ibau_jax.files import atomic_path, write_text
+from ibau_jax.files import atomic_path, to_json, write_text
 
 ROWS, ARRAYS, HTML = "rows.jsonl", "report.npz", "report.html"
 CLEANED = "cleaned.safetensors"
@@ -48,9 +48,8 @@ class Pictures(NamedTuple):
 
 
 def write_rows(path: str | Path, rows: Iterable[Row]) -> None:
-    """Write rows, one JSON object a line, whole or not at all."""
-    lines = [json.dumps(row, default=_plain, sort_keys=False) for row in rows]
-    write_text(path, "".join(line + "\n" for line in lines))
+    """Write rows, one strict JSON object a line, whole or not at all."""
+    write_text(path, "".join(to_json(row) + "\n" for row in rows))
 
 
 def read_rows(folder: str | Path) -> list[Row]:
@@ -142,12 +141,3 @@ def pixels(image: np.ndarray) -> np.ndarray:
     """A picture [H, W, C] in [0, 1] as uint8 [H, W, 3]."""
     found = np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
     return np.repeat(found, 3, axis=-1) if found.shape[-1] == 1 else found
-
-
-def _plain(value: Any) -> Any:
-    """JSON for NumPy scalars, mappings and frozen settings."""
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, Mapping):
-        return dict(value)
-    return repr(value)

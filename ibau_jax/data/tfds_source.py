@@ -13,6 +13,7 @@ from PIL import Image
 
 from ibau_jax.data.cache import Arrays, cached
 from ibau_jax.errors import InputError, check_name
+from ibau_jax.files import user_path
 
 VERSIONS = {"cifar10": "3.0.2", "gtsrb": "1.0.0"}
 
@@ -46,7 +47,7 @@ def read(name: str, split: str, data_dir: str | Path | None = None) -> Arrays:
 def dataset_folder(name: str, data_dir: str | Path | None = None) -> Path:
     """Where TFDS keeps `name`: `data_dir`, else `TFDS_DATA_DIR`, else TFDS's default."""
     root = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    return Path(root).expanduser() / name / VERSIONS[name]
+    return user_path(root) / name / VERSIONS[name]
 
 
 def prepare(name: str, data_dir: str | Path | None = None, archives: str | Path | None = None):
