@@ -252,6 +252,63 @@ def test_blend_has_the_statistics_of_the_published_picture():
     )
 
 
+SHAPES = [(28, 28, 1), (32, 32, 1), (48, 64, 3), (16, 16, 4), (5, 6, 2)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", ["badnets", "blend"])
+def test_triggers_for_images_of_any_size_and_channels(name, shape):
+    images = np.random.default_rng(0).uniform(size=(3, *shape)).astype(np.float32)
+    trigger = make_trigger(name, images=images)
+    stamped = np.asarray(trigger(images))
+    assert stamped.shape == images.shape and 0 <= stamped.min() and stamped.max() <= 1
+    moved = (stamped != images).any((0, -1))
+    if name == "badnets":
+        expected = np.zeros(shape[:2], bool)
+        expected[shape[0] - 5 : shape[0] - 1, shape[1] - 5 : shape[1] - 1] = True
+        np.testing.assert_array_equal(moved, expected)
+    else:
+        assert moved.mean() > 0.9 and 0.15 < trigger.pattern.max() <= 0.2 + 1e-6
+        # The same picture: its mean stays, whatever the size.
+        means = blend().pattern.mean((0, 1))
+        expected = [means.mean()] if shape[-1] == 1 else means[np.arange(shape[-1]) % 3]
+        np.testing.assert_allclose(trigger.pattern.mean((0, 1)), expected, atol=5e-3)
+
+
+def test_blend_at_32x32x3_is_the_picture_as_it_is_drawn():
+    expected = np.float32(0.2) * drawing.picture(0)
+    for shape in ({}, {"shape": (32, 32, 3)}):
+        np.testing.assert_array_equal(blend(**shape).pattern, expected)
+    grey = blend(shape=(32, 32, 1)).pattern
+    np.testing.assert_allclose(grey[..., 0], expected.mean(-1), atol=1e-6)
+
+
+@pytest.mark.parametrize("trigger", [badnets_square(), blend(), blend(rule="convex")])
+@pytest.mark.parametrize("shape", [(2, 28, 28, 1), (32, 32, 1), (2, 32, 32), (1, 32, 32, 4)])
+def test_images_that_do_not_fit_a_trigger_are_told_with_both_shapes(trigger, shape):
+    for run in (trigger, jax.jit(lambda images: trigger(images))):
+        with pytest.raises(InputError, match=r"shape \(32, 32, 3\) on images of shape") as told:
+            run(np.zeros(shape, np.float32))
+        assert str(shape) in str(told.value)
+
+
+def test_what_no_trigger_can_be_made_for():
+    with pytest.raises(InputError, match="a square of 4 pixels .* from 1 to 3"):
+        badnets_square((4, 4, 1))
+    with pytest.raises(InputError, match="a square of 0 pixels"):
+        badnets_square(size=0)
+    with pytest.raises(InputError, match="expected height, width and channels"):
+        blend(shape=(0, 28, 1))
+    with pytest.raises(InputError, match="expected height, width and channels"):
+        badnets_square((28, 28))
+    with pytest.raises(InputError, match="alpha is 2: expected a share"):
+        blend(alpha=2)
+    with pytest.raises(
+        InputError, match=r"images of shape \(28, 28, 1\): its mask is for .32, 32, 3"
+    ):
+        make_trigger("trojan-square", NETWORK, IMAGES[:, :28, :28, :1])
+
+
 def test_l2_trigger_keeps_to_its_norm_and_drives_its_neurons():
     trigger = l2_trigger(NETWORK, IMAGES, target=3)
     assert trigger.rule == "add"

@@ -20,20 +20,26 @@ class AttackInfo:
     Attributes:
       target: in the scenario one-target (A.3.1).
       seven_target: in the scenario seven-target (Table 3).
-      fixed: makes a trigger that needs no model.
+      fixed: `fixed(shape=)` makes a trigger that needs no model.
       optimise: `optimise(network, images, target, seed)` makes one that does.
     """
 
     target: int
     seven_target: int
-    fixed: Callable[[], Trigger] | None = None
+    fixed: Callable[..., Trigger] | None = None
     optimise: Callable[[Network, np.ndarray, int, int], Trigger] | None = None
 
 
 def _trojan(mask: Callable[[], np.ndarray]):
     def optimise(network: Network, images: np.ndarray, target: int, seed: int) -> Trigger:
-        del images, target  # the neurons are chosen by their weights to all classes
-        return trojan_trigger(network, mask(), seed)
+        del target  # the neurons are chosen by their weights to all classes
+        region = mask()
+        if images.shape[1:] != (*region.shape, 3):
+            raise InputError(
+                f"a Trojan trigger for images of shape {images.shape[1:]}: its mask is for "
+                f"{(*region.shape, 3)}; give a mask of your own to optimised.trojan_trigger"
+            )
+        return trojan_trigger(network, region, seed)
 
     return optimise
 
@@ -60,7 +66,8 @@ def make_trigger(
 
     Args:
       network: a clean model, for the triggers that are optimised.
-      images: [N, H, W, C] in [0, 1], clean images for these.
+      images: [N, H, W, C] in [0, 1], clean images for these; the others need only their shape
+        (None: 32x32x3).
       target: label that l0, l2 and smooth are made for; None: the paper's one-target label (in
         the scenario seven-target too, where the paper uses the same triggers).
 
@@ -70,7 +77,7 @@ def make_trigger(
     check_name("attack", name, ATTACKS)
     info = ATTACKS[name]
     if info.fixed is not None:
-        return info.fixed()
+        return info.fixed() if images is None else info.fixed(shape=np.shape(images)[1:])
     assert info.optimise is not None
     if network is None or images is None:
         raise InputError(

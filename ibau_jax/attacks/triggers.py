@@ -53,7 +53,17 @@ class Trigger:
             )
 
     def __call__(self, images: jax.Array | np.ndarray) -> jax.Array:
-        """Stamp the trigger: images [..., H, W, C] in [0, 1] -> the same shape, in [0, 1]."""
+        """Stamp the trigger: images [..., H, W, C] in [0, 1] -> the same shape, in [0, 1].
+
+        Raises:
+          InputError: the images are of another height, width or number of channels.
+        """
+        if jnp.shape(images)[-3:] != self.pattern.shape:
+            raise InputError(
+                f"a trigger of shape {self.pattern.shape} on images of shape {jnp.shape(images)}: "
+                "expected the same height, width and channels; make it for these images, for "
+                "example badnets_square(shape=...) or blend(shape=...)"
+            )
         if self.mask is not None:
             return jnp.clip(images * (1 - self.mask) + self.pattern, 0, 1)
         added = jnp.asarray(images) + self.pattern
@@ -72,31 +82,75 @@ def badnets_square(shape: tuple[int, int, int] = (32, 32, 3), size: int = 4) -> 
     """BadNets: a white square, one pixel from the lower right corner (Gu et al., 2017).
 
     At 32x32 these are rows and columns 27 to 30, as in the published code.
+
+    Args:
+      shape: height, width and channels of the images.
+      size: of the square, in pixels.
+
+    Raises:
+      InputError: the square does not fit.
     """
+    height, width, _ = _checked_shape(shape)
+    if not 1 <= size < min(height, width):
+        raise InputError(
+            f"a square of {size} pixels and one pixel of border on images of shape {tuple(shape)}: "
+            f"expected a size from 1 to {min(height, width) - 1}"
+        )
     mask = np.zeros(shape, np.float32)
     mask[-size - 1 : -1, -size - 1 : -1] = 1
     return Trigger("replace", pattern=mask, mask=mask)
 
 
-def blend(alpha: float = 0.2, rule: str = "additive", seed: int = 0) -> Trigger:
+def blend(
+    alpha: float = 0.2,
+    rule: str = "additive",
+    seed: int = 0,
+    shape: tuple[int, int, int] = (32, 32, 3),
+) -> Trigger:
     """Blend: a picture over the whole image (Chen et al., 2017).
 
     `additive` is clip(x + alpha K), as the authors of I-BAU did; `convex` is
     (1 - alpha) x + alpha K, as Chen et al. write. K is drawn by `drawing.picture`: the
     original shows a figure that is under copyright.
 
-    Returns:
-      A trigger for images [..., 32, 32, 3].
+    Args:
+      alpha: share of the picture, in [0, 1].
+      seed: of the picture.
+      shape: height, width and channels of the images. The picture is 32x32x3, and resized
+        (bilinear) to another height and width; one channel is the mean of its colours, and other
+        numbers of channels repeat them.
 
     Raises:
-      InputError: another rule.
+      InputError: another rule, or no share or shape of an image.
       RuntimeError: `drawing.picture` finds none for this seed (0 has one).
     """
     check_name("rule of blend", rule, ("additive", "convex"))
-    pattern = np.float32(alpha) * picture(seed)
+    if not 0 <= alpha <= 1:
+        raise InputError(f"alpha is {alpha}: expected a share in [0, 1]")
+    pattern = np.float32(alpha) * _resized(picture(seed), _checked_shape(shape))
     if rule == "additive":
         return Trigger("add", pattern)
     return Trigger("replace", pattern, np.full_like(pattern, alpha))
+
+
+def _resized(picture: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
+    """A picture float32 [32, 32, 3] in [0, 1] for images of another shape [H, W, C]."""
+    height, width, channels = shape
+    if (height, width) != picture.shape[:2]:
+        colours = [Image.fromarray(colour) for colour in np.moveaxis(picture, -1, 0)]
+        resized = [c.resize((width, height), Image.Resampling.BILINEAR) for c in colours]
+        picture = np.clip(np.stack([np.asarray(c) for c in resized], -1), 0, 1)
+    if channels == 1:
+        return picture.mean(-1, keepdims=True)
+    return picture[..., np.arange(channels) % 3]
+
+
+def _checked_shape(shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    if len(shape) != 3 or min(shape) < 1:
+        raise InputError(
+            f"images of shape {tuple(shape)}: expected height, width and channels, each at least 1"
+        )
+    return shape
 
 
 def trigger_from_files(
