@@ -114,7 +114,9 @@ def train(entry: Entry) -> dict:
     printed = work.with_suffix(".json")
     if not (work.is_file() and printed.is_file()):  # else a training ended, and we were stopped
         options = dict(entry.options)
-        if options.get("--attack") != "none":
+        attack = options.get("--attack", "badnets")
+        optimised = attack in ATTACKS and ATTACKS[attack].fixed is None
+        if optimised or options.get("--scenario") == "seven-target":
             options["--clean-model"] = str(FOLDER / f"{entry.dataset}-clean.safetensors")
         command = [sys.executable, "-m", "ibau_jax", "train", "--resume", "--json"]
         command += ["--dataset", entry.dataset, "--out", str(work)]

@@ -22,6 +22,7 @@ from ibau_jax.files import atomic_path
 from ibau_jax.models import build
 
 FORMAT = "ibau_jax model 3"  # the only key: safetensors writes several in random order
+MAX_COPIES = 1000  # of the training set that a model was trained on
 
 
 @dataclass(frozen=True)

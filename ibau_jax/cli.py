@@ -14,16 +14,13 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
 from tyro.conf import Positional, arg
 
 from ibau_jax.errors import InputError, LostProcess
-
-if TYPE_CHECKING:
-    from ibau_jax.attacks import Attack
 
 app = tyro.extras.SubcommandApp()
 
@@ -33,22 +30,40 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def bind(*args: Any, **kwargs: Any) -> Callable[[], None]:
-        if kwargs.get("seed", 0) < 0:
-            raise InputError(f"the seed is {kwargs['seed']}: expected 0 or a larger whole number")
-        return functools.partial(function, *args, **kwargs)
+        if not 0 <= kwargs.get("seed", 0) < 2**32:  # JAX takes larger ones modulo 2**32
+            raise InputError(f"the seed is {kwargs['seed']}: expected 0 to {2**32 - 1}")
+        return functools.partial(
+            function, *map(_expanded, args), **{k: _expanded(v) for k, v in kwargs.items()}
+        )
 
     app.command(bind)
     return function
 
 
+def _expanded(value: Any) -> Any:
+    """An option's value; of a path, with the home folder in place of `~`."""
+    if not isinstance(value, Path):
+        return value
+    from ibau_jax.files import user_path
+
+    return user_path(value)
+
+
 DataDir = Annotated[
-    str | None,
+    Path | None,
     arg(help="folder of TensorFlow Datasets; default: TFDS_DATA_DIR, else TFDS's own"),
 ]
 AsJson = Annotated[bool, arg(help="print one JSON object on stdout")]
 Seed = Annotated[int, arg(help="seed of everything that is random")]
 DataName = Annotated[str | None, arg(help="digits, cifar10 or gtsrb; default: the model's own")]
 Target = Annotated[int | None, arg(help="label that triggered images shall get")]
+OwnScenario = Annotated[
+    str | None,
+    arg(
+        help="of --attack or --trigger: one-target or all-to-all (y becomes y + 1); default: the "
+        "model's own, else one-target"
+    ),
+]
 TriggerFile = Annotated[Path | None, arg(help="picture of a trigger, 32x32")]
 TriggerRule = Annotated[
     str | None,
@@ -93,15 +108,18 @@ def train(
     attack: Annotated[
         str | None,
         arg(
-            help="badnets, blend, l0, l2, smooth, trojan-square or trojan-watermark; none for a "
-            "clean model; any name with --trigger; default: badnets"
+            help="badnets, blend, l0, l2, smooth, trojan-square or trojan-watermark, with the "
+            "paper's target where --target is not given (with --trigger too); none for a clean "
+            "model; any other name with --trigger and --target; default: badnets"
         ),
     ] = None,
     scenario: Annotated[
         str, arg(help="one-target, all-to-all (y becomes y + 1) or seven-target (all attacks)")
     ] = "one-target",
     target: Target = None,
-    poison_ratio: Annotated[float, arg(help="share of the training set that is poisoned")] = 0.2,
+    poison_ratio: Annotated[
+        float | None, arg(help="share of the training set that is poisoned; default: 0.2")
+    ] = None,
     clean_model: Annotated[
         Path | None,
         arg(help="clean model, for triggers that are optimised (l0, l2, smooth, trojan-...)"),
@@ -128,18 +146,27 @@ def train(
     json: AsJson = False,
 ) -> None:
     """Train a model, poisoned or clean, and write it to one file."""
-    from ibau_jax import poisoned
+    from ibau_jax import attack_options, poisoned
 
     _join(coordinator, num_processes, process_id)
-    poisoned.check_options(out, dataset, poison_ratio, preset, epochs, copies, resume, devices)
-    attacks = _attacks(
+    poisoned.check_options(
+        out,
+        dataset,
+        poison_ratio,
+        preset,
+        epochs,
+        copies,
+        seed,
+        resume,
+        num_devices=devices,
+        clean=attack == "none",
+    )
+    attacks = attack_options.make_attacks(
         dataset,
         attack,
+        scenario,
         target,
-        trigger,
-        trigger_rule,
-        trigger_mask,
-        scenario=scenario,
+        **_trigger(trigger, trigger_rule, trigger_mask),
         clean_model=clean_model,
         seed=seed,
         data_dir=data_dir,
@@ -167,7 +194,14 @@ def evaluate(
     model: Annotated[Path, arg(help="model file")],
     dataset: DataName = None,
     split: Annotated[str | None, arg(help="for example 'test[5000:]'")] = None,
-    attack: Annotated[str | None, arg(help="default: the attack in the model's file")] = None,
+    attack: Annotated[
+        str | None,
+        arg(
+            help="default: those in the model's file; the label rule is the model's own (of a "
+            "clean model: the paper's)"
+        ),
+    ] = None,
+    scenario: OwnScenario = None,
     target: Target = None,
     trigger: TriggerFile = None,
     trigger_rule: TriggerRule = None,
@@ -177,25 +211,19 @@ def evaluate(
     json: AsJson = False,
 ) -> None:
     """Measure ACC, and ASR where an attack is known."""
-    from ibau_jax import pipeline
+    from ibau_jax import attack_options, pipeline
     from ibau_jax.checkpoint import load_model
 
     del seed  # nothing here is random
-    chosen = None
-    if attack is not None or trigger is not None:
-        stored = load_model(model)
-        kept = tuple(a for a in stored.attacks if a.name == attack)[:1]
-        if kept and trigger is trigger_rule is target is None:
-            chosen = kept
-        else:
-            if target is None and len(stored.attacks) == 1 and attack != "none":
-                target = stored.attacks[0].target
-            name = dataset or stored.dataset
-            chosen = _attacks(name, attack, target, trigger, trigger_rule, trigger_mask)
-    elif not target is trigger_mask is trigger_rule is None:
-        raise InputError(
-            "--target, --trigger-mask or --trigger-rule alone: name the attack or the trigger too"
-        )
+    stored = load_model(model)
+    chosen = attack_options.attacks_on(
+        stored,
+        pipeline.info_for(stored, dataset, model).name,
+        attack,
+        scenario,
+        target,
+        **_trigger(trigger, trigger_rule, trigger_mask),
+    )
     _finish(pipeline.evaluate_model(model, dataset, split, chosen, data_dir), json)
 
 
@@ -263,7 +291,14 @@ def convert(
     source: Positional[Path],
     destination: Positional[Path],
     dataset: Annotated[str, arg(help="what it was trained on: cifar10 or gtsrb")] = "cifar10",
-    attack: Annotated[str | None, arg(help="badnets, or a name for --trigger")] = None,
+    attack: Annotated[
+        str | None,
+        arg(
+            help="badnets, or a name for --trigger; one of the paper's has its target where "
+            "--target is not given"
+        ),
+    ] = None,
+    scenario: OwnScenario = None,
     target: Target = None,
     trigger: TriggerFile = None,
     trigger_rule: TriggerRule = None,
@@ -275,11 +310,18 @@ def convert(
 
     The file is read as data only: one that holds anything but tensors and plain values is refused.
     """
-    from ibau_jax import pipeline
+    from ibau_jax import attack_options, pipeline
+    from ibau_jax.errors import check_name
 
     del seed  # nothing here is random
-    known = "none" if attack is None and trigger is None else attack
-    chosen = _attacks(dataset, known, target, trigger, trigger_rule, trigger_mask)
+    check_name("scenario", scenario or "one-target", attack_options.OWN_SCENARIOS)
+    chosen = attack_options.make_attacks(
+        dataset,
+        "none" if attack is None and trigger is None else attack,
+        scenario or "one-target",
+        target,
+        **_trigger(trigger, trigger_rule, trigger_mask),
+    )
     _finish(pipeline.convert(source, destination, dataset, chosen), json)
 
 
@@ -397,19 +439,16 @@ def _join(coordinator: str | None, num_processes: int | None, process_id: int | 
         )
 
 
-def _attacks(dataset, attack, target, trigger, rule, mask, **more) -> "tuple[Attack, ...]":
-    """The attacks that options describe."""
-    from ibau_jax import attack_options
+def _trigger(path: Path | None, rule: str | None, mask: Path | None) -> dict[str, Any]:
+    """Arguments of `make_attacks` for the options of a trigger of one's own."""
+    from ibau_jax.attack_options import read_trigger
 
-    own = None
-    if trigger is not None:
-        own = attack_options.read_trigger(trigger, rule or "add", mask)
-        attack, rule = attack or trigger.stem, None
-    elif mask is not None:
+    if path is not None:
+        own = read_trigger(path, rule or "add", mask)
+        return {"trigger": own, "rule": None, "trigger_name": path.stem}
+    if mask is not None:
         raise InputError("a trigger mask without a trigger: give the picture by --trigger")
-    return attack_options.make_attacks(
-        dataset, attack, target=target, trigger=own, rule=rule, **more
-    )
+    return {"rule": rule}
 
 
 def _parse(arguments: list[str] | None) -> Callable[[], None]:

@@ -44,11 +44,11 @@ def evaluate_model(
     dataset: str | None = None,
     split: str | None = None,
     attacks: tuple[Attack, ...] | None = None,
-    data_dir: str | None = None,
+    data_dir: str | Path | None = None,
 ) -> Json:
     """ACC, and ASR for the attacks in the model's file (None) or those given."""
     loaded = load_model(model)
-    info = _info_for(loaded, dataset, model)
+    info = info_for(loaded, dataset, model)
     data = load(info.name, split or info.split, data_dir)
     chosen = loaded.attacks if attacks is None else attacks
     found = evaluator(_logits(loaded), data, chosen)(loaded.variables["params"])
@@ -100,7 +100,7 @@ def defend(
     poison_ratio: float | None = None,
     seed: int = 0,
     out: str | Path | None = None,
-    data_dir: str | None = None,
+    data_dir: str | Path | None = None,
     progress: bool = False,
     experiment: str = "defend",
     on_note: Callable[[str], None] = lambda text: None,
@@ -122,8 +122,15 @@ def defend(
       `report.npz`, `report.html`, and where triggers were found their pictures.
     """
     loaded = load_model(model)
-    info = _info_for(loaded, dataset, model)
+    info = info_for(loaded, dataset, model)
     entry, preset, config = find_defense(defense, preset, info.name)
+    if poison_ratio is not None and not (entry.train_set and loaded.attacks):
+        raise InputError(
+            f"--poison-ratio for {defense} and {str(model)!r}: expected a defense that trains on "
+            "the training set (dp-sgd) and a model with an attack in its file; leave it out"
+        )
+    if entry.train_set and clean is not None:
+        on_note(f"{defense} trains on the training set: the images of --clean are checked only")
     if rounds is not None:
         config = with_rounds(config, rounds)
     clean, split = clean or info.clean, split or info.split
@@ -237,7 +244,7 @@ def _note_batches(
 
 
 def _train_set(
-    model: Model, info: DataInfo, ratio: float | None, data_dir: str | None
+    model: Model, info: DataInfo, ratio: float | None, data_dir: str | Path | None
 ) -> Dataset | None:
     """The training set as it was poisoned; None where it is not known how much of it was."""
     if model.attacks and ratio is None:
@@ -254,11 +261,11 @@ def bound(
     radius: float = 10.0,
     margin: float = 1.0,
     xi: float = 0.05,
-    data_dir: str | None = None,
+    data_dir: str | Path | None = None,
 ) -> Json:
     """Theorem 3 on a model: every term, at the perturbation that the default's ascent finds."""
     loaded = load_model(model)
-    info = _info_for(loaded, dataset, model)
+    info = info_for(loaded, dataset, model)
     data = load(info.name, clean or info.clean, data_dir)
     logits, params = _logits(loaded), loaded.variables["params"]
     config = resolve(replace(IBAUConfig(), radius=radius), logits, params, data.images)
@@ -310,7 +317,8 @@ def _logits(model: Model) -> Logits:
     return evaluation_logits(build(model.architecture, model.num_classes), model.variables)
 
 
-def _info_for(model: Model, dataset: str | None, path: str | Path) -> DataInfo:
+def info_for(model: Model, dataset: str | None, path: str | Path) -> DataInfo:
+    """The data set that a model is measured on: its own, or another one of as many classes."""
     if dataset is None and model.dataset not in DATASETS:
         raise InputError(
             f"{str(path)!r} was trained on {model.dataset!r}, which is not known here; give one of "

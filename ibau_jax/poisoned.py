@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,7 +11,7 @@ import jax
 from ibau_jax import parallel, processes
 from ibau_jax.attack_options import describe
 from ibau_jax.attacks import Attack, Trigger, check_ratio, poison_all, scenario_of
-from ibau_jax.checkpoint import Model, save_model, triggers_of
+from ibau_jax.checkpoint import MAX_COPIES, Model, save_model, triggers_of
 from ibau_jax.data import data_info, load
 from ibau_jax.data.cache import checksums
 from ibau_jax.errors import InputError, check_name
@@ -20,21 +20,27 @@ from ibau_jax.metrics import evaluator
 from ibau_jax.models import build
 from ibau_jax.parallel import Devices
 from ibau_jax.report import versions
-from ibau_jax.resume import Checkpoints
+from ibau_jax.resume import Checkpoints, check_states
 from ibau_jax.training import PRESETS, TrainConfig, train
 
 
 def check_options(
     out: str | Path,
     dataset: str,
-    poison_ratio: float = 0.2,
+    poison_ratio: float | None = None,
     preset: str = "cpu",
     epochs: int | None = None,
     copies: int = 1,
+    seed: int = 0,
     resume: bool = False,
+    keep_states: bool = True,
     num_devices: int | None = None,
+    clean: bool = False,
 ) -> tuple[TrainConfig, Devices]:
     """What `train_model` refuses, before anything long is done, such as optimising triggers.
+
+    Args:
+      clean: without attacks.
 
     Returns:
       The settings (`epochs` of the preset where none are given), and the devices.
@@ -47,32 +53,70 @@ def check_options(
     config = PRESETS[preset](dataset)
     if epochs is not None:
         config = replace(config, epochs=epochs)
-    check_ratio(poison_ratio)
-    if copies < 1:
-        raise InputError(f"--copies is {copies}: expected at least 1")
+    if clean and poison_ratio is not None:
+        raise InputError("--poison-ratio of a clean model: nothing is poisoned; leave it out")
+    check_ratio(_ratio(poison_ratio))
+    if not 1 <= copies <= MAX_COPIES:
+        raise InputError(f"--copies is {copies}: expected 1 to {MAX_COPIES}")
+    if clean and copies > 1:
+        raise InputError("--copies of a clean model: nothing is poisoned anew; leave it out")
     if resume and jax.process_count() > 1:
         raise InputError(
             "--resume in a run of several processes: they keep no states; leave it out, or train "
             "in one process"
         )
-    if Path(out).is_dir():
-        raise InputError(f"{str(out)!r} is a folder: expected a model file to write, by --out")
+    if Path(out).exists() and not Path(out).is_file():
+        what = "a folder" if Path(out).is_dir() else "no regular file"
+        raise InputError(f"{str(out)!r} is {what}: expected a model file to write, by --out")
     devices = parallel.devices(num_devices)
     if processes.is_first():
         make_folder(Path(out).parent)
+    if keep_states and jax.process_count() == 1:
+        known = _settings(dataset, config, poison_ratio, copies, seed, clean)
+        if epochs is None:
+            known.pop("epochs")  # they depend on the attacks
+        check_states(_states(out), known, resume)
     return config, devices
+
+
+def _ratio(poison_ratio: float | None) -> float:
+    return 0.2 if poison_ratio is None else poison_ratio
+
+
+def _states(out: str | Path) -> Path:
+    """The folder of the states of a training that writes `out`."""
+    return Path(out).with_name(Path(out).name + ".checkpoints")
+
+
+def _settings(
+    dataset: str,
+    config: TrainConfig,
+    poison_ratio: float | None,
+    copies: int,
+    seed: int,
+    clean: bool,
+) -> dict[str, Any]:
+    """What a result depends on, but for the attacks and the data themselves."""
+    return {
+        "dataset": dataset,
+        "poison ratio": None if clean else _ratio(poison_ratio),
+        "copies": copies,
+        "seed": seed,
+        "ibau_jax": versions()["ibau_jax"],
+        **asdict(config),
+    }
 
 
 def train_model(
     out: str | Path,
     dataset: str,
     attacks: tuple[Attack, ...] = (),
-    poison_ratio: float = 0.2,
+    poison_ratio: float | None = None,
     preset: str = "cpu",
     epochs: int | None = None,
     copies: int = 1,
     seed: int = 0,
-    data_dir: str | None = None,
+    data_dir: str | Path | None = None,
     resume: bool = False,
     keep_states: bool = True,
     progress: bool = False,
@@ -86,7 +130,7 @@ def train_model(
       out: model file to write; what was there is replaced when the training has ended.
       dataset: of `DATASETS`; its split `train` is poisoned and trained on.
       attacks: from `make_attacks`; empty: a clean model. Triggers are of class `Trigger`.
-      poison_ratio: share of the training set that each attack poisons, in [0, 1].
+      poison_ratio: share of the training set that each attack poisons, in [0, 1]; None: 0.2.
       preset: of `training.PRESETS`.
       epochs: passes over the data; None: the preset's. Preset `cpu` divides its own by the
         number of attacks and copies, since their joined data is as many times larger, and takes
@@ -98,7 +142,9 @@ def train_model(
         images have it in at least one of them, instead of 20 %).
       seed: of the poisoned rows, the first weights, the order and the dropout.
       data_dir: folder of TensorFlow Datasets; None: its own default.
-      resume: go on where an earlier call with the same arguments was stopped.
+      resume: go on where an earlier call with the same arguments was stopped. The number of
+        devices and the versions of libraries may be others; a warning says that the result then
+        differs by rounding.
       keep_states: False: keep none, so that the run cannot be resumed.
       progress: show a bar on stderr, and measure ACC and ASR after each epoch.
       num_devices: how many to compute on; None: all.
@@ -112,35 +158,39 @@ def train_model(
       InputError: says what was expected, what was found and what to do.
     """
     config, devices = check_options(
-        out, dataset, poison_ratio, preset, epochs, copies, resume, num_devices
+        out,
+        dataset,
+        poison_ratio,
+        preset,
+        epochs,
+        copies,
+        seed,
+        resume,
+        keep_states,
+        num_devices,
+        clean=not attacks,
     )
-    if copies > 1 and not attacks:
-        raise InputError("--copies of a clean model: nothing is poisoned anew; leave it out")
+    ratio = _ratio(poison_ratio)
     if epochs is None and preset == "cpu":
         times = 3 if scenario_of(attacks) == "all-to-all" else 1
         config = replace(config, epochs=-(-times * config.epochs // max(1, len(attacks) * copies)))
     triggers = triggers_of(attacks)  # said now, not when the training has ended
     info, first, out = data_info(dataset), processes.is_first(), Path(out)
     data, held_out = load(dataset, "train", data_dir), load(dataset, info.split, data_dir)
-    clean, (data, _) = data, poison_all(data, attacks * copies, poison_ratio, seed)
+    clean, (data, _) = data, poison_all(data, attacks * copies, ratio, seed)
     module = build("vgg", info.num_classes)
     checkpoints = None
     if keep_states and jax.process_count() == 1:
         settings = {
-            "dataset": dataset,
+            **_settings(dataset, config, poison_ratio, copies, seed, not attacks),
             "attack": describe(attacks),
             "targets": [attack.target for attack in attacks],
             "triggers": [_digest(trigger) for trigger in triggers],
-            "poison ratio": poison_ratio if attacks else None,
-            "copies": copies,
-            "seed": seed,
-            "devices": len(devices.all),
-            "settings": repr(config),
-            "data": checksums(clean),
-            "backend": jax.default_backend(),
-            "versions": versions(),
+            "data": checksums((clean.images, data.labels)),  # these tell the poisoned rows
         }
-        checkpoints = Checkpoints(out.with_name(out.name + ".checkpoints"), settings, resume)
+        libraries = {k: v for k, v in versions().items() if k != "ibau_jax"}
+        where = {"devices": len(devices.all), "backend": jax.default_backend(), **libraries}
+        checkpoints = Checkpoints(_states(out), settings, resume, environment=where)
 
     started = time.perf_counter()
     # The running statistics of batch norm change, so the "parameters" are all variables here.
@@ -161,7 +211,7 @@ def train_model(
         "seed": seed,
         "preset": preset,
         "epochs": config.epochs,
-        "poison_ratio": poison_ratio if attacks else None,
+        "poison_ratio": ratio if attacks else None,
         "copies": copies,
         "num_devices": len(devices.all),
         "versions": versions(),

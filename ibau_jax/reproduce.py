@@ -16,7 +16,12 @@ SCALES = {"smoke": ("digits",), "cpu": ("cifar10", "gtsrb"), "paper": ("cifar10"
 
 
 def reproduce(
-    name: str, models: str | Path, scale: str, out: str | Path, seed: int, data_dir: str | None
+    name: str,
+    models: str | Path,
+    scale: str,
+    out: str | Path,
+    seed: int,
+    data_dir: str | Path | None,
 ) -> dict[str, Any]:
     """Make one of `FIGURES`; writes into `out` and returns a dict for JSON.
 
@@ -34,7 +39,7 @@ def reproduce(
 
 
 def figure2(
-    models: Path, datasets: tuple[str, ...], out: Path, seed: int, data_dir: str | None
+    models: Path, datasets: tuple[str, ...], out: Path, seed: int, data_dir: str | Path | None
 ) -> dict[str, Any]:
     """Figure 2: each trigger, an image before and the same after it was stamped."""
     from matplotlib.figure import Figure  # slow to import; no global state, no display

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -95,8 +96,9 @@ def test_a_baseline_that_finds_triggers(capsys, digits_model, tmp_path, monkeypa
 def test_dp_sgd_trains_on_the_poisoned_set(capsys, digits_model, tmp_path):
     command = ["defend", "--model", digits_model, "--defense", "dp-sgd", "--out", tmp_path]
     assert "give a model file made by `ibau train`" in refused(capsys, *command)
-    status, out, _ = run(capsys, *command, *SMALL, "--poison-ratio", 0.2, "--json")
+    status, out, err = run(capsys, *command, *SMALL, "--poison-ratio", 0.2, "--json")
     found = json.loads(out)
+    assert "the images of --clean are checked only" in err
     assert status == 0 and found["diagnostics"]["sampling_probability"] == 200 / 997
     assert read_rows(tmp_path)[1]["poison_ratio"] == 0.2
 
@@ -227,6 +229,10 @@ def test_convert_carries_the_trigger(capsys, tmp_path):
         (["--devices", "999"], "999 devices were asked for: expected 1 to"),
         (["--process-id", "1"], "without --coordinator"),
         (["--model", "missing.safetensors"], "no such file"),
+        (["--poison-ratio", "0.2"], "--poison-ratio for ibau"),
+        (["--poison-ratio", "0.2", "--defense", "nad"], "--poison-ratio for nad"),
+        (["--data-dir", "."], "leave out --data-dir"),
+        (["--seed", str(2**32)], "expected 0 to 4294967295"),
     ],
 )
 def test_defend_refuses(capsys, digits_model, tmp_path, arguments, message):
@@ -271,11 +277,147 @@ def test_a_data_set_that_is_not_prepared_is_refused(capsys, tmp_path):
         (["--attack", "l2", "--trigger-rule", "renormalise"], "--attack blend or smooth"),
         (["--seed", "-1"], "the seed is -1"),
         (["--trigger", "missing.png", "--target", "1"], "cannot read the trigger"),
+        (["--trigger", "smooth.png"], "no file name decides: give it by --target"),
+        (["--trigger", "smooth.png", "--attack", "mine"], "give it by --target"),
+        (["--trigger", "smooth.png", "--attack", "none"], "leave out --trigger"),
+        (
+            ["--trigger", "smooth.png", "--scenario", "seven-target"],
+            "leave out --attack, --trigger",
+        ),
+        (
+            ["--trigger", "smooth.png", "--target", "1", "--trigger-mask", "m.npy"],
+            "expected a mask",
+        ),
+        (
+            ["--trigger", "smooth.png", "--target", "1", "--clean-model", "c"],
+            "--clean-model is for",
+        ),
+        (["--scenario", "seven-target", "--trigger-mask", "m.npy"], "mask without a trigger"),
+        (["--scenario", "seven-target", "--trigger-rule", "add"], "--attack blend or smooth"),
+        (["--clean-model", "c.safetensors"], "--clean-model is for triggers that are optimised"),
+        (["--attack", "none", "--clean-model", "c.safetensors"], "--clean-model is for triggers"),
+        (["--attack", "none", "--poison-ratio", "0.2"], "--poison-ratio of a clean model"),
+        (["--attack", "none", "--copies", "2"], "--copies of a clean model"),
+        (["--attack", "none", "--trigger-rule", "add"], "--attack blend or smooth"),
+        (["--attack", "none", "--trigger-mask", "m.npy"], "mask without a trigger"),
+        (["--attack", ""], "empty name"),
+        (["--copies", "1001"], "expected 1 to 1000"),
+        (["--num-processes", "2"], "without --coordinator"),
+        (["--data-dir", "."], "leave out --data-dir"),
+        (["--out", "."], "is a folder"),
     ],
 )
-def test_train_refuses(capsys, tmp_path, arguments, message):
-    assert message in refused(capsys, "train", *arguments, "--out", tmp_path / "m.safetensors")
-    assert not list(tmp_path.iterdir())
+def test_train_refuses(capsys, tmp_path, monkeypatch, arguments, message):
+    files = tmp_path / "files"
+    files.mkdir()
+    monkeypatch.chdir(files)
+    Image.new("RGB", (32, 32)).save("smooth.png")
+    np.save("m.npy", np.ones((32, 32)))
+    out = [] if "--out" in arguments else ["--out", tmp_path / "m.safetensors"]
+    assert message in refused(capsys, "train", *arguments, *out)
+    assert [p.name for p in tmp_path.iterdir()] == ["files"] and len(list(files.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--attack", "badnets", "--trigger-mask", "m.npy"], "mask without a trigger"),
+        (["--trigger-mask", "m.npy"], "mask without a trigger"),
+        (["--attack", "none", "--trigger-mask", "m.npy"], "mask without a trigger"),
+        (["--attack", "none", "--target", "1"], "leave out --trigger, --target"),
+        (["--attack", "none", "--trigger-rule", "add"], "--attack blend or smooth"),
+        (["--attack", "badnets", "--trigger-rule", "replace"], "--attack blend or smooth"),
+        (["--target", "1"], "name the attack or the trigger too"),
+        (["--scenario", "all-to-all"], "name the attack or the trigger too"),
+        (["--trigger-rule", "add"], "name the attack or the trigger too"),
+        (["--trigger", "t.png", "--trigger-mask", "m.npy"], "expected a mask with 'replace'"),
+        (["--attack", "badnets", "--scenario", "seven-target"], "one-target, all-to-all"),
+        (["--attack", "badnets", "--target", "10"], "target 10 is not a class"),
+        (["--data-dir", "."], "leave out --data-dir"),
+        (["--dataset", "gtsrb"], "has 10 classes"),
+    ],
+)
+def test_evaluate_refuses(capsys, digits_model, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (32, 32)).save("t.png")
+    np.save("m.npy", np.ones((32, 32)))
+    assert message in refused(capsys, "evaluate", "--model", digits_model, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--target", "1"], "leave out --trigger, --target"),
+        (["--scenario", "all-to-all"], "leave out --trigger, --target"),
+        (["--scenario", "seven-target"], "expected one of one-target, all-to-all"),
+        (["--trigger-rule", "add"], "--attack blend or smooth"),
+        (["--trigger-mask", "m.npy"], "mask without a trigger"),
+        (["--trigger", "t.png"], "give it by --target"),
+        (["--attack", "l2"], "or a picture by --trigger"),
+        (["--attack", "l2", "--trigger", "t.png"], "cannot read the model 'm.pth'"),
+        (["--scenario", "all-to-all", "--trigger", "t.png"], "cannot read the model 'm.pth'"),
+    ],
+)
+def test_convert_refuses(capsys, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (32, 32)).save("t.png")
+    assert message in refused(capsys, "convert", "m.pth", "m.safetensors", *arguments)
+
+
+def test_prepare_refuses_archives_that_it_would_ignore(capsys, tmp_path):
+    line = refused(capsys, "prepare", "cifar10", "--archives", tmp_path, "--data-dir", tmp_path)
+    assert "--archives for cifar10: expected gtsrb" in line
+
+
+def test_paths_in_the_home_folder(capsys, digits_model, tmp_path, monkeypatch):
+    """No shell expands `--out=~/run`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(digits_model, tmp_path / "m.safetensors")
+    Image.new("RGB", (32, 32)).save("t.png")
+    np.save("mask.npy", np.ones((32, 32)))
+    calls = []
+    monkeypatch.setattr(pipeline, "evaluate_model", lambda *a: calls.append(a) or {})
+    monkeypatch.setattr(pipeline, "demo", lambda out, *_, **__: calls.append(out) or {})
+    monkeypatch.setattr("ibau_jax.cli._finish", lambda *_, **__: None)
+    options = ["--trigger", "~/t.png", "--trigger-mask", "~/mask.npy", "--trigger-rule", "replace"]
+    assert main(["evaluate", "--model", "~/m.safetensors", *options, "--data-dir", "~/data"]) == 0
+    ((model, _, _, (attack,), data_dir),) = calls
+    assert (model, data_dir) == (tmp_path / "m.safetensors", tmp_path / "data")
+    assert attack.trigger.mask.all() and attack.target == 8
+    assert main(["demo", "--out", "~/run"]) == 0 and calls[1] == tmp_path / "run"
+    capsys.readouterr()
+    for command in (
+        ["report", "~/none"],
+        ["convert", "~/none.pth", "~/out"],
+        ["reproduce", "figure2", "--models", "~/none", "--scale", "smoke", "--out", "~/figures"],
+        ["train", "--attack", "l2", "--clean-model", "~/none", "--out", "~/new/m"],
+        ["prepare", "gtsrb", "--archives", "~/none", "--data-dir", "~/none"],
+        ["bound", "--model", "~/none"],
+    ):
+        line = refused(capsys, *command)
+        assert str(tmp_path / "none") in line and "~" not in line, line
+    assert "~" not in {path.name for path in tmp_path.iterdir()}
+    assert "home folder of '~nobody-here/m'" in refused(
+        capsys, "bound", "--model", "~nobody-here/m"
+    )
+
+
+def test_evaluate_keeps_all_to_all_with_another_trigger(capsys, tmp_path):
+    attack = Attack("badnets", badnets_square(), None, 10)
+    model = Model(random_variables(), "vgg", 10, "digits", (attack,))
+    path = save_model(tmp_path / "m.safetensors", model)
+    trigger = badnets_square().pattern  # the same picture, under the name of another attack
+    picture = np.concatenate([trigger, trigger[..., :1]], -1)
+    Image.fromarray((255 * picture).astype(np.uint8)).save(tmp_path / "smooth.png")
+    common = ["evaluate", "--model", path, "--split", "test[700:]", "--json"]
+    own = json.loads(run(capsys, *common)[1])
+    options = ["--trigger", tmp_path / "smooth.png", "--trigger-rule", "replace"]
+    found = json.loads(run(capsys, *common, *options)[1])
+    assert (found["attack"], found["scenario"], found["target"]) == ("smooth", "all-to-all", None)
+    assert [found[k] for k in ("asr", "asr_excl", "ra")] == [
+        own[k] for k in ("asr", "asr_excl", "ra")
+    ]
 
 
 def test_a_wrong_option_is_told_before_a_trigger_is_optimised(capsys, tmp_path, monkeypatch):

@@ -11,10 +11,18 @@ from ibau_jax.attacks.poison import (
     poison_all,
     scenario_of,
 )
-from ibau_jax.attacks.triggers import RULES, Trigger, badnets_square, blend, trigger_from_files
+from ibau_jax.attacks.triggers import (
+    BLEND,
+    RULES,
+    Trigger,
+    badnets_square,
+    blend,
+    trigger_from_files,
+)
 
 __all__ = [
     "ATTACKS",
+    "BLEND",
     "RULES",
     "SCENARIOS",
     "Attack",

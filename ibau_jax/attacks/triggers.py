@@ -12,6 +12,7 @@ from ibau_jax.attacks.drawing import picture
 from ibau_jax.errors import InputError, check_name
 
 RULES = ("add", "replace", "renormalise")
+BLEND = 0.2  # share of the picture in Blend
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def badnets_square(shape: tuple[int, int, int] = (32, 32, 3), size: int = 4) -> 
 
 
 def blend(
-    alpha: float = 0.2,
+    alpha: float = BLEND,
     rule: str = "additive",
     seed: int = 0,
     shape: tuple[int, int, int] = (32, 32, 3),

@@ -60,7 +60,7 @@ DATASETS: dict[str, DataInfo] = {
             digits.SIZES,
             "test[:400]",
             "test[400:]",
-            lambda split, data_dir: digits.read(split),
+            digits.read,
         ),
         DataInfo(
             "cifar10",
@@ -96,7 +96,7 @@ def load(name: str, split: str, data_dir: str | Path | None = None) -> Dataset:
         TensorFlow Datasets: `ibau prepare NAME`).
       split: as in TFDS, for example `"test[:5000]"`. CIFAR-10 is in the official order.
       data_dir: folder of TFDS; default: the environment variable `TFDS_DATA_DIR`, else
-        TFDS's own default.
+        TFDS's own default. Not for `digits`.
 
     Returns:
       A `Dataset`: images float32 [N, 32, 32, 3] in [0, 1], labels int32 [N].

@@ -1,21 +1,32 @@
 """scikit-learn's handwritten digits, brought to the shape of CIFAR-10: the default, no download."""
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from ibau_jax.errors import InputError
+
 SIZES = {"train": 997, "test": 800}
 
 
-def read(split: str) -> tuple[np.ndarray, np.ndarray]:
+def read(split: str, data_dir: str | Path | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Digits of 8x8 pixels, resized (bilinear) to 32x32 and three equal channels.
 
     Returns:
       images uint8 [N, 32, 32, 3], labels int32 [N]. The 1797 digits are shuffled once
       with a fixed seed and cut into `train` (997) and `test` (800).
+
+    Raises:
+      InputError: there is a `data_dir`, which could only be ignored.
     """
+    if data_dir is not None:
+        raise InputError(
+            f"a data folder {str(data_dir)!r} for digits, which come with scikit-learn: leave out "
+            "--data-dir, or choose another data set"
+        )
     images, labels = _all()
     part = slice(0, SIZES["train"]) if split == "train" else slice(SIZES["train"], None)
     return images[part], labels[part]

@@ -63,12 +63,23 @@ def prepare(name: str, data_dir: str | Path | None = None, archives: str | Path 
       The folder that was written (or was there already).
     """
     check_name("data set to prepare", name, VERSIONS)
+    if archives is not None and name != "gtsrb":
+        raise InputError(
+            f"--archives for {name}: expected gtsrb, whose archives are downloaded by hand; "
+            "leave it out"
+        )
     root = dataset_folder(name, data_dir).parent.parent
     import tensorflow_datasets as tfds
 
     if name == "gtsrb":
-        from ibau_jax.data.gtsrb import Gtsrb
+        from ibau_jax.data.gtsrb import ARCHIVES, Gtsrb
 
+        for file in () if archives is None else ARCHIVES.values():
+            if not (Path(archives or "") / file).is_file():
+                raise InputError(
+                    f"no official archive {file} in {str(archives)!r}: expected the three of "
+                    f"{', '.join(ARCHIVES.values())}; download them, or leave out --archives"
+                )
         builder = Gtsrb(archives=archives, data_dir=root, file_format="array_record")
     else:
         try:
