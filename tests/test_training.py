@@ -2,18 +2,21 @@
 
 import filecmp
 import json
+import os
+import pickle
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from conftest import same
 
-from ibau_jax import Dataset, InputError, load, pipeline, poisoned
+from ibau_jax import Dataset, InputError, attack_options, cli, load, pipeline, poisoned
 from ibau_jax.attacks import Attack, badnets_square
 from ibau_jax.checkpoint import load_model
 from ibau_jax.data import data_info
@@ -81,9 +84,121 @@ def test_another_run_is_not_taken_up(tmp_path):
     states._manager.wait_until_finished()
     with pytest.raises(InputError, match="go on with it by --resume"):
         Checkpoints(tmp_path / "states", {"seed": 0})
-    with pytest.raises(InputError, match="begun with seed 0, now it is 1"):
+    with pytest.raises(InputError, match="begun with seed 0, now it is 1:"):
         Checkpoints(tmp_path / "states", {"seed": 1}, resume=True)
     Checkpoints(tmp_path / "new", {"seed": 1}, resume=True)  # nothing there: begin
+
+
+def test_another_environment_goes_on_with_a_note(tmp_path):
+    """The state is the same on every device, so that another number of them can go on."""
+    folder, one = tmp_path / "states", replace(CONFIG, epochs=1)
+    where = {"devices": 1, "backend": "cpu", "jax": "0.10.2"}
+    states = Checkpoints(folder, {"seed": 0}, seconds=0, environment=where)
+    train(MODULE, DATA, config=one, key=KEY, checkpoints=states)
+    states.close()
+    other = {**where, "devices": 2, "jax": "0.11.0"}
+    told = "begun with devices 1, now it is 2, jax '0.10.2', now it is '0.11.0': the training goes"
+    with pytest.warns(UserWarning, match=told):
+        resumed = Checkpoints(folder, {"seed": 0}, resume=True, environment=other)
+    train(MODULE, DATA, config=one, key=KEY, checkpoints=resumed)
+    assert resumed.resumed == 5
+    with pytest.raises(InputError, match="seed 0, now it is 1: give the options that .* or remove"):
+        Checkpoints(folder, {"seed": 1}, resume=True, environment=other)
+
+
+ON_TWO_DEVICES = """
+import pickle, sys, warnings
+from dataclasses import replace
+import jax
+from test_training import CONFIG, DATA, KEY, MODULE
+from ibau_jax.parallel import devices
+from ibau_jax.resume import Checkpoints
+from ibau_jax.training import train
+warnings.simplefilter("ignore")
+config, settings, found = replace(CONFIG, epochs=2), {"seed": 0}, []
+for begin, end in ((1, 2), (2, 1)):
+    folder = f"{sys.argv[1]}/{begin}"
+    states = Checkpoints(folder, settings, seconds=0, environment={"devices": begin})
+    save = states.save
+    states.save = lambda step, *content: step > 3 or save(step, *content)  # as if stopped there
+    on = [train(MODULE, DATA, config=config, key=KEY, devices=devices(begin), checkpoints=states)]
+    states.close()
+    states = Checkpoints(folder, settings, True, environment={"devices": end})
+    on += [train(MODULE, DATA, config=config, key=KEY, devices=devices(end), checkpoints=states)]
+    assert states.resumed == 3
+    found.append([variables for variables, _ in on])
+pickle.dump(found, open(f"{sys.argv[1]}/found.pickle", "wb"))
+"""
+
+
+def test_a_run_goes_on_on_another_number_of_devices(tmp_path):
+    """From one device to two, and from two to one: the same model but for rounding."""
+    flags = "--xla_force_host_platform_device_count=2"
+    paths = [str(Path(__file__).parent), *sys.path]
+    subprocess.run(
+        [sys.executable, "-c", ON_TWO_DEVICES, str(tmp_path)],
+        check=True,
+        env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(paths)},
+    )
+    found = pickle.loads((tmp_path / "found.pickle").read_bytes())
+    start = jax.jit(MODULE.init)(KEY, DATA.images[:1])
+    for whole, resumed in found:
+        pairs = zip(jax.tree.leaves(whole), jax.tree.leaves(start), strict=True)
+        assert max(np.abs(a - b).max() for a, b in pairs) > 0.1
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), resumed, whole)
+
+
+def states_of(out, **options):
+    """As a training to `out` that was stopped would leave them."""
+    options = {"dataset": "digits", "clean": True, "copies": 1, "seed": 0} | options
+    config = replace(TrainConfig.cpu("digits"), epochs=options.pop("epochs", 8))
+    ratio = options.pop("poison_ratio", None)
+    settings = poisoned._settings(config=config, poison_ratio=ratio, **options)
+    states = Checkpoints(poisoned._states(out), settings, seconds=0)
+    states.save(1, [np.zeros(3)], {"history": [], "losses": [], "seconds": 0.0})
+    states.close()
+
+
+def test_states_are_looked_at_before_a_trigger_is_made(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "m.safetensors"
+    common = ["train", "--attack", "l2", "--clean-model", "none", "--out", str(out)]
+    states_of(out, clean=False, poison_ratio=0.3)
+    tried = []
+
+    def make(*_, **__):
+        tried.append(True)
+        raise InputError("the trigger is made")
+
+    monkeypatch.setattr(attack_options, "make_attacks", make)
+    for options, told in (
+        ([], "holds an unfinished training: go on with it by --resume, or remove the folder"),
+        (["--resume"], "begun with poison ratio 0.3, now it is 0.2: give the options"),
+        (["--resume", "--poison-ratio", "0.3", "--seed", "1"], "seed 0, now it is 1"),
+        (["--resume", "--poison-ratio", "0.3", "--copies", "2"], "copies 1, now it is 2"),
+        (["--resume", "--poison-ratio", "0.3", "--epochs", "3"], "epochs 8, now it is 3"),
+        (
+            ["--resume", "--poison-ratio", "0.3", "--preset", "paper"],
+            "batch_size 32, now it is 128",
+        ),
+        (["--resume", "--poison-ratio", "0.3", "--dataset", "cifar10"], "dataset 'digits', now"),
+    ):
+        assert cli.main([*common, *options]) == 2
+        line = capsys.readouterr().err
+        assert told in line and line.count("\n") == 1 and not tried, line
+    assert cli.main([*common, "--resume", "--poison-ratio", "0.3"]) == 2 and tried
+    assert "the trigger is made" in capsys.readouterr().err
+
+
+def test_a_model_file_that_cannot_be_written_is_told_first(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    common = ["train", "--attack", "l2", "--clean-model", "none", "--out"]
+    for out, told in (
+        (tmp_path / "file" / "m", "cannot write in the folder"),
+        (tmp_path, "is a folder: expected a model file"),
+        ("/dev/null", "is no regular file: expected a model file"),
+    ):
+        assert cli.main([*common, str(out)]) == 2
+        assert told in capsys.readouterr().err
 
 
 def test_sigkill_then_resume_is_bit_for_bit(tmp_path):
