@@ -24,7 +24,7 @@ from ibau_jax.attacks import (
     smooth,
     trigger_from_files,
 )
-from ibau_jax.checkpoint import Model, load_model, model_hash, triggers_of
+from ibau_jax.checkpoint import IMAGE, Model, load_model, model_hash, triggers_of
 from ibau_jax.data import DataInfo, data_info, load
 from ibau_jax.data.cache import cached, checksums
 from ibau_jax.errors import InputError, check_name
@@ -235,9 +235,9 @@ def _check_rule(attack: str | None, rule: str) -> None:
 def read_trigger(path: str | Path, rule: str = "add", mask: str | Path | None = None) -> Trigger:
     """A trigger for 32x32 RGB images from a picture; see `trigger_from_files`."""
     found = trigger_from_files(path, rule, mask)
-    if found.pattern.shape != (32, 32, 3):
+    if found.pattern.shape != IMAGE:
         raise InputError(
-            f"the trigger {str(path)!r} has shape {found.pattern.shape}: expected (32, 32, 3)"
+            f"the trigger {str(path)!r} has shape {found.pattern.shape}: expected {IMAGE}"
         )
     return found
 

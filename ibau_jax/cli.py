@@ -18,9 +18,10 @@ from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
+from rich.text import Text
 from tyro.conf import Positional, arg
 
-from ibau_jax.errors import InputError, LostProcess
+from ibau_jax.errors import InputError, LostProcess, printable
 
 app = tyro.extras.SubcommandApp()
 
@@ -418,7 +419,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _fail(text: str, status: int) -> int:
-    print(f"ibau: {text}", file=sys.stderr, flush=True)
+    print(f"ibau: {printable(text)}", file=sys.stderr, flush=True)
     if "ibau_jax.processes" in sys.modules:
         sys.modules["ibau_jax.processes"].leave(status)
     return status
@@ -473,12 +474,14 @@ def _parse(arguments: list[str] | None) -> Callable[[], None]:
 
 def run() -> None:
     """Entry point of the console script."""
-    warnings.formatwarning = lambda message, *_: f"ibau: warning: {message}\n"
+    warnings.formatwarning = lambda message, *_: f"ibau: warning: {printable(message)}\n"
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name may hold what its encoding has not
+        sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(main())
 
 
 def _note(text: str) -> None:
-    print(f"ibau: {text}", file=sys.stderr)
+    print(f"ibau: {printable(text)}", file=sys.stderr)
 
 
 def _finish(found: dict[str, Any], as_json: bool, rows: Path | None = None) -> None:
@@ -499,7 +502,8 @@ def _finish(found: dict[str, Any], as_json: bool, rows: Path | None = None) -> N
         if isinstance(value, float):
             value = f"{value:.4f}" if abs(value) < 1e6 else f"{value:.3e}"
         if not isinstance(value, dict | list) and value is not None:
-            console.print(f"{name:>16}  {value}", highlight=False, markup=False, soft_wrap=True)
+            # As `Text`: in a plain string rich would look for markup and emoji.
+            console.print(Text(f"{name:>16}  {printable(value)}"), soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,16 @@ class LostProcess(RuntimeError):
     """Another process of a run on many machines is gone; the command line exits with status 3."""
 
 
+def printable(value: object) -> str:
+    """`str(value)` in one line: what is not printable (line ends, control characters) is escaped.
+
+    For text of unknown origin, such as names in a model file, on its way to a person.
+    """
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(value)
+    )
+
+
 def check_name(kind: str, name: str, known: Iterable[str]) -> None:
     """Raise `InputError` when `name` is not among `known`; name the nearest one.
 

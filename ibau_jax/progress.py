@@ -18,11 +18,11 @@ def progress_bar(
     `note` (kept until the next one that is not empty) stands behind the bar.
     """
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
     with Progress(*columns, console=console, disable=not enabled) as progress:
         task = progress.add_task(title, total=total, note="")

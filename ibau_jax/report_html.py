@@ -3,14 +3,27 @@
 import base64
 import html
 import io
+from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from ibau_jax.data import data_info
+from ibau_jax.data import DATASETS
 from ibau_jax.files import write_text
-from ibau_jax.report import HTML, Pictures, Row, pixels, read_pictures, read_rows, text
+from ibau_jax.report import (
+    HTML,
+    Pictures,
+    Row,
+    number,
+    pixels,
+    read_pictures,
+    read_rows,
+    rounds,
+    shown,
+    text,
+)
 
 _STYLE = """
 :root { --ink: #1b1f24; --dim: #6a737d; --line: #d8dee4; --good: #1a7f37; --bad: #cf222e; }
@@ -43,11 +56,13 @@ def write_report(folder: str | Path) -> Path:
 def render(rows: list[Row], pictures: Pictures | None) -> str:
     """The page, as text. `rows`: round 0 is the model as given."""
     before, after = rows[0], rows[-1]
-    title = f"{after['defense']} on {after['dataset']} ({after['attack']})"
+    told = defaultdict(lambda: "-", {k: shown(v) for k, v in after.items()})
+    title = "{defense} on {dataset} ({attack})".format_map(told)
+    told["rounds"] = str(len(rows) - 1)
     about = (
-        f"Preset {after['preset']}, seed {after['seed']}, {after['n_clean']} clean images, "
-        f"{len(rows) - 1} round(s); measured on {after['n']} other images, on {after['device']}."
-    )
+        "Preset {preset}, seed {seed}, {n_clean} clean images, {rounds} round(s); measured on {n} "
+        "other images, on {device}."
+    ).format_map(told)
     parts = [
         f"<h1>{html.escape(title)}</h1><p class=dim>{html.escape(about)}</p>",
         _flagged(after),
@@ -59,11 +74,11 @@ def render(rows: list[Row], pictures: Pictures | None) -> str:
     ]
     if pictures is not None:
         parts += [_perturbations(rows, pictures), _predictions(after, pictures)]
-    settings = "\n".join(f"{k}: {v}" for k, v in after["config"].items())
-    used = ", ".join(f"{k} {v}" for k, v in after["versions"].items())
+    settings = "\n".join(f"{shown(k)}: {shown(v)}" for k, v in _mapping(after, "config").items())
+    used = ", ".join(f"{k} {v}" for k, v in _mapping(after, "versions").items())
     parts.append(
         f"<h2>Settings</h2><pre>{html.escape(settings)}</pre>"
-        f"<p class=dim>{html.escape(used)}; model {html.escape(str(after['model_hash']))}</p>"
+        f"<p class=dim>{_escaped(used)}; model {_escaped(told['model_hash'])}</p>"
     )
     return (
         "<!doctype html><html lang=en><meta charset=utf-8>"
@@ -73,18 +88,37 @@ def render(rows: list[Row], pictures: Pictures | None) -> str:
     )
 
 
+def _escaped(value: Any) -> str:
+    """The text of a value of unknown origin, for HTML."""
+    return html.escape(shown(value))
+
+
+def _mapping(row: Row, name: str) -> dict[str, Any]:
+    found = row.get(name)
+    return found if isinstance(found, dict) else {}
+
+
+def _class_name(row: Row, label: Any) -> str:
+    """The name of a class of a row's data set; its number where there is none."""
+    dataset = row.get("dataset")
+    # A list, since what a row holds need not be hashable.
+    names = DATASETS[dataset].class_names if dataset in list(DATASETS) else ()
+    known = isinstance(label, int | np.integer) and 0 <= label < len(names)
+    return names[label] if known else shown(label)
+
+
 def _flagged(row: Row) -> str:
     """Which labels a defense holds for targets, where it looks for them."""
-    if row.get("flagged") is None:
+    flagged = row.get("flagged")
+    if not isinstance(flagged, list):
         return ""
-    names = data_info(row["dataset"]).class_names
-    found = ", ".join(f"{label} ({names[label]})" for label in row["flagged"])
+    found = ", ".join(f"{shown(label)} ({_class_name(row, label)})" for label in flagged)
     told = f"Labels held for targets: {found}." if found else "No label stands out: none changed."
     return f"<p>{html.escape(told)}</p>"
 
 
 def _cards(before: Row, after: Row) -> str:
-    shown = (
+    meanings = (
         ("acc", "ACC", "accuracy on clean images"),
         ("asr", "ASR", "triggered images that get the target"),
         ("asr_excl", "ASR excl.", "the same without target-class images"),
@@ -92,9 +126,9 @@ def _cards(before: Row, after: Row) -> str:
     )
     cards = [
         f"<div class=card title='{meaning}'><span>{name}</span>"
-        f"<b>{text(before[key])} &rarr; {text(after[key])}</b></div>"
-        for key, name, meaning in shown
-        if after.get(key) is not None
+        f"<b>{text(before.get(key))} &rarr; {text(after.get(key))}</b></div>"
+        for key, name, meaning in meanings
+        if number(after.get(key)) is not None
     ]
     return f"<div class=cards>{''.join(cards)}</div>"
 
@@ -105,24 +139,24 @@ def _table(rows: list[Row]) -> str:
         *(("der", "DER", 3), ("delta_norm", "|delta|", 2), ("residual", "residual", 3)),
         ("seconds", "seconds", 1),
     )
-    shown = [c for c in columns if any(row.get(c[0]) is not None for row in rows)]
-    head = "".join(f"<th>{name}</th>" for name in ("round", *(name for _, name, _ in shown)))
+    used = [c for c in columns if any(number(row.get(c[0])) is not None for row in rows)]
+    head = "".join(f"<th>{name}</th>" for name in ("round", *(name for _, name, _ in used)))
     body = []
-    for row in rows:
-        cells = ["before" if row["round"] == 0 else str(row["round"])]
-        cells += [text(row.get(key), digits) for key, _, digits in shown]
+    for round_, row in zip(rounds(rows), rows, strict=True):
+        cells = ["before" if round_ == 0 else str(round_)]
+        cells += [text(row.get(key), digits) for key, _, digits in used]
         body.append("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in cells) + "</tr>")
     return f"<table><tr>{head}</tr>{''.join(body)}</table>"
 
 
 def _by_attack(before: Row, after: Row) -> str:
     """The ASR of each attack, where there are several."""
-    if not after.get("by_attack"):
+    earlier, later = _mapping(before, "by_attack"), _mapping(after, "by_attack")
+    if not later:
         return ""
     body = "".join(
-        f"<tr><td>{html.escape(name)}</td><td>{text(before['by_attack'][name])}</td>"
-        f"<td>{text(asr)}</td></tr>"
-        for name, asr in after["by_attack"].items()
+        f"<tr><td>{_escaped(name)}</td><td>{text(earlier.get(name))}</td><td>{text(asr)}</td></tr>"
+        for name, asr in later.items()
     )
     head = "<tr><th>ASR of each attack</th><th>before</th><th>after</th></tr>"
     return f"<table>{head}{body}</table>"
@@ -134,18 +168,21 @@ def _curve(rows: list[Row]) -> str:
 
     figure = Figure(figsize=(7, 3), layout="constrained")
     axes = figure.subplots()
-    rounds = [row["round"] for row in rows]
+    places = rounds(rows)
     for key, name, style in (
         ("acc", "ACC", "o-"),
         ("asr", "ASR", "s-"),
         ("asr_excl", "ASR excl.", "s--"),
         ("ra", "RA", "^:"),
     ):
-        if rows[-1].get(key) is not None:
-            axes.plot(rounds, [row[key] for row in rows], style, label=name)
-    axes.set(xlabel="round", ylim=(-0.03, 1.03), xticks=rounds)
+        values = [number(row.get(key)) for row in rows]
+        if values[-1] is not None:
+            heights = [v if v is not None and 0 <= v <= 1 else np.nan for v in values]
+            axes.plot(places, heights, style, label=name)
+    axes.set(xlabel="round", ylim=(-0.03, 1.03), xticks=places)
     axes.grid(alpha=0.3)
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    if axes.lines:
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     stream = io.BytesIO()
     figure.savefig(stream, format="svg")
     return _data_uri(stream.getvalue(), "image/svg+xml")
@@ -153,18 +190,18 @@ def _curve(rows: list[Row]) -> str:
 
 def _perturbations(rows: list[Row], pictures: Pictures) -> str:
     figures = []
-    names = str(rows[0]["attack"]).split(", ")
+    names = str(rows[0].get("attack")).split(", ")
     if len(names) != len(pictures.triggers):  # a name with a comma
         names = [f"attack {i + 1}" for i in range(len(pictures.triggers))]
     for trigger, name in zip(pictures.triggers, names, strict=True):
-        figures.append(_figure(trigger, f"the true trigger: {html.escape(name)}"))
-    norms = {row["round"]: row.get("delta_norm") for row in rows}
-    for i, delta in enumerate(pictures.deltas, start=1):
-        largest = float(np.abs(delta).max()) or 1.0
+        figures.append(_figure(trigger, f"the true trigger: {_escaped(name)}"))
+    norms = {n: row.get("delta_norm") for n, row in zip(rounds(rows), rows, strict=True)}
+    for i, delta in enumerate(np.nan_to_num(pictures.deltas), start=1):
+        largest = float(np.abs(delta).max(initial=0)) or 1.0
         caption = f"found in round {i}: norm {text(norms.get(i), 2)}, largest {largest:.2f}"
         figures.append(_figure(0.5 + 0.5 * delta / largest, html.escape(caption)))
     for picture, caption in zip(pictures.found, pictures.captions, strict=True):
-        figures.append(_figure(picture, html.escape(str(caption))))
+        figures.append(_figure(picture, _escaped(caption)))
     about = ""
     if len(pictures.deltas):
         about = (
@@ -180,7 +217,6 @@ def _perturbations(rows: list[Row], pictures: Pictures) -> str:
 
 
 def _predictions(row: Row, pictures: Pictures) -> str:
-    names = data_info(row["dataset"]).class_names
     triggered = len(pictures.triggered) > 0
     figures = []
     for image, label, before, after in zip(
@@ -190,10 +226,12 @@ def _predictions(row: Row, pictures: Pictures) -> str:
         pictures.after,
         strict=True,
     ):
-        caption = f"true: {html.escape(names[label])}"
+        caption = f"true: {html.escape(_class_name(row, label))}"
         for when, found in (("before", before), ("after", after)):
             mark = "good" if found == label else "bad"
-            caption += f"<br>{when}: <span class={mark}>{html.escape(names[found])}</span>"
+            caption += (
+                f"<br>{when}: <span class={mark}>{html.escape(_class_name(row, found))}</span>"
+            )
         figures.append(_figure(image, caption))
     what = "Triggered images" if triggered else "Images"
     return f"<h2>{what} and predictions</h2><div class=strip>{''.join(figures)}</div>"
