@@ -94,11 +94,11 @@ def one(reference: Path, name: str, defense: str, seed: int) -> list[dict]:
             defense,
             seed=seed,
             out=Path(folder) / "run",
-            poison_ratio=POISON_RATIO,
+            poison_ratio=POISON_RATIO if DEFENSES[defense].train_set else None,
             experiment=name,
             progress=True,
         )
-        rows = read_rows(Path(folder) / "run")
+        rows = [{**r, "poison_ratio": POISON_RATIO} for r in read_rows(Path(folder) / "run")]
     rows[-1]["diagnostics"] = found["diagnostics"]
     return rows
 

@@ -1,5 +1,6 @@
 """Random input at every door: results or one `InputError`, never another exception."""
 
+import contextlib
 import copy
 import io
 import json
@@ -17,6 +18,7 @@ from rich.console import Console
 from ibau_jax import InputError, cli, report_html
 from ibau_jax.attacks import Attack, Trigger
 from ibau_jax.checkpoint import FORMAT, Model, load_model, save_model
+from ibau_jax.errors import printable
 from ibau_jax.files import to_json
 from ibau_jax.pipeline import _attack_fields
 from ibau_jax.report import ROWS, print_table, read_rows, write_rows
@@ -199,8 +201,12 @@ def test_names_of_attacks_at_every_door(file, name):
     assert "<script>" not in page
     if name.isprintable() and "  " not in name and name == name.strip():
         assert f"on digits, {name}" in printed
-    # An error that names it is one line.
-    assert "\n" not in cli.printable(InputError(f"the attack {name} is wrong"))
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        cli._finish({"attack": name}, as_json=False)
+    with contextlib.redirect_stderr(io.StringIO()) as err:
+        cli._fail(f"the attack {name} is wrong", 2)
+    for text in (out.getvalue(), err.getvalue()):
+        assert printable(name) in text and text.count("\n") == 1
 
 
 @settings(max_examples=40)
