@@ -193,6 +193,8 @@ def defend(
         **more,
     )
     told = dict(result.diagnostics)
+    if first and "note" in told:
+        on_note(told["note"])
     flagged = {"flagged": told.pop("flagged")} if "flagged" in told else {}
     for row in rows:
         row |= {"compile_seconds": result.compile_seconds, **flagged}

@@ -45,7 +45,13 @@ BASELINES = {
     "neural-cleanse": (
         neural_cleanse,
         NeuralCleanseConfig(
-            steps=3, batches=2, batch_size=20, labels_at_once=3, threshold=0.1, tuning=TUNING
+            steps=3,
+            batches=2,
+            batch_size=20,
+            labels_at_once=3,
+            success=0.0,
+            threshold=0.1,
+            tuning=TUNING,
         ),
     ),
 }

@@ -74,11 +74,14 @@ def test_defend_writes_everything(defended, digits_model):
 
 
 def test_a_baseline_that_finds_triggers(capsys, digits_model, tmp_path, monkeypatch):
-    quick = NeuralCleanseConfig(steps=2, batches=1, labels_at_once=10, threshold=0.1)
+    quick = NeuralCleanseConfig(steps=2, batches=1, labels_at_once=10, success=0, threshold=0.1)
     monkeypatch.setitem(neural_cleanse.PRESETS, "cpu", lambda dataset: quick)
     small = ["--model", digits_model, *SMALL, "--out", tmp_path, "--json"]
-    status, out, _ = run(capsys, "defend", "--defense", "neural-cleanse", *small)
+    small[small.index("test[:20]")] = "test[:7]"
+    status, out, err = run(capsys, "defend", "--defense", "neural-cleanse", *small)
     found = json.loads(out)
+    note = "the clean set has no image of 4 of the 10 classes (0, 3, 6, 9)"
+    assert f"ibau: {note}" in err and note in found["diagnostics"]["note"]
     assert status == 0 and found["flagged"] and len(found["diagnostics"]["norms"]) == 10
     assert found["preset"] == "cpu" and len(found["rounds"]) == 1
     assert {p.name for p in (tmp_path / "found").iterdir()} == {f"label-{i}.png" for i in range(10)}

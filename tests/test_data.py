@@ -6,7 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ibau_jax import InputError, load
-from ibau_jax.data import DATASETS, check_disjoint, split_indices
+from ibau_jax.data import (
+    DATASETS,
+    check_disjoint,
+    missing_classes,
+    note_missing,
+    split_indices,
+)
 from ibau_jax.data.cache import cached
 
 SIZES = {"train": 100, "test": 40}
@@ -46,6 +52,19 @@ def test_the_two_sides_of_a_cut_are_the_whole(cut):
 def test_bad_split_strings(spec, message):
     with pytest.raises(InputError, match=message):
         split_indices(spec, SIZES)
+
+
+def test_missing_classes_by_hand():
+    labels = np.array([3, 0, 3, 5], np.int32)
+    assert missing_classes(labels, 6) == [1, 2, 4] and missing_classes(labels, 4) == [1, 2]
+    assert note_missing(np.arange(6), 6) is None
+    assert note_missing(labels, 6) == (
+        "the clean set has no image of 3 of the 6 classes (1, 2, 4): the result may not hold for "
+        "them, and fine-tuning may forget them"
+    )
+    assert "of 39 of the 43 classes (1, 2, 4, 6, 7, 8, 9, 10, 11, 12 and 29 more):" in str(
+        note_missing(np.append(labels, 42), 43)
+    )
 
 
 def test_digits():

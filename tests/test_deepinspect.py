@@ -10,19 +10,21 @@ import pytest
 from conftest import MODEL, SQUARE, clean, measure, same, small_model
 
 from ibau_jax import Dataset, InputError
+from ibau_jax.defenses import deepinspect as module
 from ibau_jax.defenses import generator as generators
 from ibau_jax.defenses.common import Frozen, Run
 from ibau_jax.defenses.deepinspect import (
     PRESETS,
     DeepInspectConfig,
+    Score,
     deepinspect,
     drawer,
     pictures,
     score,
     stamp,
-    stand_out,
 )
 from ibau_jax.defenses.generator import Generator, Search, draw_labels, draw_noise, squared_distance
+from ibau_jax.defenses.triggers import stand_out
 from ibau_jax.defenses.tuning import Tuning
 from ibau_jax.parallel import devices
 
@@ -283,6 +285,35 @@ def test_the_rule_by_hand():
     logs = np.abs(np.log(wide[1:]) - np.log(2))
     expected = logs / (1.4826 * np.median(np.append(logs, 9)))
     np.testing.assert_allclose(stand_out(wide, CONFIG).index[1:], expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "failed", "labels", "flagged", "note"),
+    [
+        ("norm", (), np.arange(40) % 10, [9], None),
+        ("norm", (9,), np.arange(40) % 10, [], "no trigger found for label 9: not judged"),
+        ("norm", range(9), np.arange(40) % 10, [9], "7, 8: they count as out of reach"),
+        ("loss", (), np.append(np.full(20, 9), np.arange(20) % 9), [], "label 9 not judged: half"),
+        ("loss", (), np.arange(40) % 10, [9], None),
+        ("loss", (), 5 + np.arange(40) % 5, [9], "no image of 5 of the 10 classes (0, 1, 2, 3, 4)"),
+    ],
+)
+def test_labels_that_cannot_be_judged(monkeypatch, kind, failed, labels, flagged, note):
+    """A generator that makes nothing for a label has a small norm for it."""
+    values = [20.0, 21, 22, 23, 24, 25, 26, 27, 28, 2]
+    found = [Score(v, v, 0.2 if i in failed else 0.9) for i, v in enumerate(values)]
+    monkeypatch.setattr(module, "score", lambda *_: found)
+    monkeypatch.setattr(module, "learn", lambda *_, **__: {})
+    monkeypatch.setattr(module, "drawer", lambda *_: lambda *_: np.zeros((8, 32, 32, 1)))
+    data = Dataset(np.full((40, 32, 32, 1), 0.5, np.float32), labels.astype(np.int32))
+    params = {"w": np.zeros((1024, 10), np.float32)}
+    told = deepinspect(
+        lambda p, x: x.reshape(len(x), -1) @ p["w"], params, data, key=KEY,
+        config=replace(CONFIG, score=kind, tuning=Tuning(epochs=1, rate=1e-6)),
+    ).diagnostics  # fmt: skip
+    assert told["flagged"] == flagged and told["scores"] == values
+    assert "note" not in told if note is None else note in told["note"]
+    json.dumps(dict(told), allow_nan=False)
 
 
 def test_presets_are_those_of_the_specification():

@@ -1,5 +1,6 @@
 """The baselines: one contract for all of them, and each does its work on a small model."""
 
+import importlib
 import json
 from dataclasses import replace
 
@@ -18,7 +19,7 @@ from ibau_jax.defenses.common import Frozen
 from ibau_jax.defenses.fine_pruning import FinePruningConfig, cutter, fine_pruning, prune
 from ibau_jax.defenses.nad import NADConfig, attention, augment, distillation, nad
 from ibau_jax.defenses.neural_cleanse import CostSchedule, NeuralCleanseConfig, neural_cleanse
-from ibau_jax.defenses.reverse import Step, decode, draw, stamp
+from ibau_jax.defenses.reverse import Found, Step, decode, draw, stamp
 from ibau_jax.defenses.tabor import (
     LowestLoss,
     TaborConfig,
@@ -33,7 +34,7 @@ from ibau_jax.defenses.tabor import (
     terms,
 )
 from ibau_jax.defenses.triggers import low_outliers, with_stamps
-from ibau_jax.defenses.tuning import Tuning, finetune
+from ibau_jax.defenses.tuning import SHORT, Tuning, finetune
 from ibau_jax.models import Classifier
 
 KEY = jax.random.key(0)
@@ -45,11 +46,13 @@ FINDERS = {  # settings that do the job on a small model; DeepInspect's are in i
 }
 QUICK = {  # of each baseline, settings for the contract
     "finetune": ONE,
-    # So low a threshold flags labels, which are unlearned then.
+    # So low a threshold flags labels, which are unlearned then; any trigger counts as found.
     "neural-cleanse": NeuralCleanseConfig(
-        steps=3, batches=1, labels_at_once=4, threshold=0.1, tuning=ONE
+        steps=3, batches=1, labels_at_once=4, success=0.0, threshold=0.1, tuning=ONE
     ),
-    "tabor": TaborConfig(steps=3, batches=1, labels_at_once=4, threshold=0.1, gap=0.0, tuning=ONE),
+    "tabor": TaborConfig(
+        steps=3, batches=1, labels_at_once=4, success=0.0, threshold=0.1, gap=0.0, tuning=ONE
+    ),
     "fine-pruning": FinePruningConfig(tuning=ONE),
     "nad": NADConfig(betas=(500.0, 1000.0), teacher=ONE, student=ONE),
 }
@@ -147,6 +150,166 @@ def test_low_outliers_by_hand():
         low_outliers(np.array([1.0, 2.0]))
 
 
+CLASSES = np.arange(40) % 10  # of a clean set, four images each
+# A search on a VGG for digits with a backdoor to label 8: the norms of ten masks.
+DIGITS = [87.5, 148.7, 56.5, 62.1, 27.1, 60.2, 85.7, 38.2, 3.0, 73.1]
+
+
+def searched(monkeypatch, name, norms, success, labels, config):
+    """What a defense makes of a search that gave masks of these norms, each of so much success."""
+    data = Dataset(np.full((len(labels), 32, 32, 1), 0.5, np.float32), np.int32(labels))
+    found = [
+        Found(np.full((32, 32, 1), n / 1024, np.float32), data.images[0], n, s, 1)
+        for n, s in zip(norms, success, strict=True)
+    ]
+    module = importlib.import_module(DEFENSES[name].run.__module__)
+    monkeypatch.setattr(module, "reverse_engineer", lambda *args, **options: found)
+    params = {"w": np.zeros((1024, len(norms)), np.float32)}
+    config = replace(config, tuning=replace(ONE, rate=1e-6))
+    run = DEFENSES[name].run
+    return run(lambda p, x: x.reshape(len(x), -1) @ p["w"], params, data, config=config, key=KEY)
+
+
+@pytest.mark.parametrize("name", FINDERS)
+@pytest.mark.parametrize(
+    ("norms", "works", "flagged", "note"),
+    [
+        # The small masks of labels whose triggers never worked are no sign of a backdoor ...
+        ([60, 61, 62, 63, 64, 65, 66, 67, 5, 6], 8, [], "no trigger found for labels 8, 9: not j"),
+        # ... and hide none: with them the median would be 6.
+        ([5, 64, 66, 68, 60, 6, 6, 6, 6, 6], 5, [0], "no trigger found for labels 5, 6, 7, 8, 9:"),
+        # The labels that alone can be reached are the plainest case.
+        ([3, 4, 8, 2, 9, 5, 1, 6, 7, 3], 1, [0], "labels 1, 2, 3, 4, 5, 6, 7, 8, 9: they count as"),
+        ([3, 4, 8, 2, 9, 5, 1, 6, 7, 3], 2, [0, 1], "labels 2, 3, 4, 5, 6, 7, 8, 9: they count"),
+        # But not where a trigger is half of the image, or there is none at all.
+        ([500, 4, 8, 2, 9, 5, 1, 6, 7, 3], 1, [], "no label stands out: the model is returned as"),
+        ([3, 60, 70, 80, 90, 50, 55, 65, 75, 85], 0, [], "the search says nothing of this model"),
+        # All have worked: the rule as it was.
+        ([3, 60, 70, 80, 90, 50, 55, 65, 75, 85], 10, [0], None),
+    ],
+)
+def test_labels_without_a_trigger_that_works(monkeypatch, name, norms, works, flagged, note):
+    """The first `works` labels have one, the others do not."""
+    success = [0.99] * works + [0.98] * (10 - works)
+    config = NeuralCleanseConfig() if name == "neural-cleanse" else TaborConfig(score="norm")
+    found = searched(monkeypatch, name, norms, success, CLASSES, config)
+    told = found.diagnostics
+    assert told["flagged"] == flagged and told["norms"] == norms and told["success"] == success
+    assert "note" not in told if note is None else note in told["note"]
+    assert all(x is None for x in told["anomaly_index"][works:])
+    json.dumps(dict(told), allow_nan=False)
+    captions = [caption for caption in found.found if "no trigger found, 98% with" in caption]
+    assert len(captions) == 10 - works
+
+
+def test_where_a_search_was_short_logarithms_are_compared(monkeypatch):
+    """Norms of honest labels differ by factors then, and the index of a small one is small."""
+    for dataset, norms, flagged in (
+        ("digits", DIGITS, [8]),
+        ("digits", DIGITS[:8] + [20.0] + DIGITS[9:], []),  # more than a fourth of the median
+        ("cifar10", DIGITS, []),  # index 1.65
+    ):
+        config = find("neural-cleanse", "cpu", dataset)[2]
+        found = searched(monkeypatch, "neural-cleanse", norms, [1.0] * 10, CLASSES, config)
+        assert found.diagnostics["flagged"] == flagged, dataset
+
+
+@pytest.mark.parametrize("name", FINDERS)
+def test_a_label_that_most_images_show_is_not_judged(monkeypatch, name):
+    """A mask of no pixel does for it."""
+    norms = [60, 61, 62, 1, 64, 65, 66, 67, 63, 62]
+    config = NeuralCleanseConfig() if name == "neural-cleanse" else TaborConfig(score="norm")
+    half = np.append(np.full(20, 3), np.arange(20) % 3)
+    for labels, flagged in ((CLASSES, [3]), (half, [])):
+        found = searched(monkeypatch, name, norms, [1.0] * 10, labels, config)
+        assert found.diagnostics["flagged"] == flagged
+    assert "label 3 not judged: half or more of the clean images" in found.diagnostics["note"]
+
+
+def test_classes_that_the_clean_set_lacks_are_told(monkeypatch):
+    norms = [60, 61, 62, 1, 64, 65, 66, 67, 63, 62]
+    args = monkeypatch, "neural-cleanse", norms, [1.0] * 10
+    found = searched(*args, np.arange(40) % 8, NeuralCleanseConfig())
+    lacks = (
+        "the clean set has no image of 2 of the 10 classes (8, 9): the result may not hold for "
+        "them, and fine-tuning may forget them"
+    )
+    assert found.diagnostics["note"] == lacks
+    norms[3] = 63
+    found = searched(*args, np.arange(40) % 8, NeuralCleanseConfig())
+    nothing = "no label stands out: the model is returned as it was given"
+    assert found.diagnostics["note"] == f"{lacks}; {nothing}"
+
+
+def test_one_class_is_not_enough_to_search_with(linear):
+    logits, params, data = linear
+    data = Dataset(data.images, np.full(24, 1, np.int32))
+    for name in (*FINDERS, "deepinspect"):
+        with pytest.raises(InputError, match=r"images of class 1 only \(24 of them\): expected"):
+            DEFENSES[name].run(logits, params, data, key=KEY)
+
+
+def test_the_metric_of_failed_triggers_is_no_score(monkeypatch):
+    """Of TABOR: a region of one pixel that leads nowhere had a low one."""
+    metric = [-4.0, -4.5, -4.2, -4.4, -4.1, -4.3, -4.6, -3.9, -4.0, -8.0]
+    monkeypatch.setattr(
+        importlib.import_module("ibau_jax.defenses.tabor"), "scores_of", lambda *_: metric
+    )
+    for success, flagged in ((0.99, [9]), (0.3, [])):
+        found = searched(
+            monkeypatch, "tabor", [50.0] * 10, [0.99] * 9 + [success], CLASSES, TaborConfig()
+        )
+        assert found.diagnostics["flagged"] == flagged and found.diagnostics["metric"] == metric
+    alone = searched(monkeypatch, "tabor", [50.0] * 10, [0.3] * 9 + [0.99], CLASSES, TaborConfig())
+    assert alone.diagnostics["flagged"] == [9], "the only one that works"
+    fixed = TaborConfig(adaptive=False)  # no step was asked for a success
+    found = searched(monkeypatch, "tabor", [50.0] * 10, [0.6] * 10, CLASSES, fixed)
+    assert found.diagnostics["flagged"] == [9]
+
+
+# --- small clean sets
+
+
+@pytest.mark.parametrize(
+    ("count", "settings", "plan"),
+    [
+        (5000, SHORT, (128, 39, 2)),  # as published
+        (400, SHORT, (40, 10, 8)),
+        (400, Tuning(epochs=2), (128, 3, 2)),  # exactly as told
+        (60, Tuning(epochs=2, steps=20), (10, 6, 4)),
+        (7, Tuning(epochs=2, steps=5), (7, 1, 5)),
+        (400, Tuning(epochs=9, batch_size=32, steps=100), (32, 12, 9)),  # they are enough
+        (400, Tuning(epochs=9, batch_size=32, steps=109), (32, 12, 10)),
+        (5000, NADConfig.cpu("cifar10").teacher, (64, 78, 2)),
+        (5000, NADConfig.cpu("gtsrb").student, (64, 78, 4)),
+        (400, NADConfig.cpu("digits").student, (40, 10, 10)),
+    ],
+)
+def test_few_images_are_passed_over_more_often(count, settings, plan):
+    assert settings.plan(count) == plan
+
+
+def test_the_rate_falls_at_the_same_part_of_the_way():
+    config = Tuning(epochs=4, rate=1.0, momentum=0.0, drops=((2, 0.1),))
+    for steps in (8, 30):
+        step = config.transform(steps)
+        state, rates = step.init(0.0), []
+        for _ in range(steps):
+            update, state = step.update(1.0, state, 0.0)
+            rates.append(-float(update))
+        np.testing.assert_allclose(rates, [1.0] * (steps // 2) + [0.1] * (steps // 2), rtol=1e-6)
+
+
+def test_steps_are_made_and_rounds_are_as_told(linear):
+    logits, params, data = linear  # 24 images
+    config = Tuning(epochs=1, steps=4, rate=1e-3)
+    assert len(finetune(logits, params, data, config=config, key=KEY).history) == 2  # of two tens
+    config = with_rounds(config, 1)
+    assert len(finetune(logits, params, data, config=config, key=KEY).history) == 1
+    nad_config = with_rounds(find("nad", None, "digits")[2], 3).student
+    assert nad_config.plan(400)[2] == 3
+
+
 def test_stamps_share_the_images_and_keep_the_labels():
     data = Dataset(np.full((100, 4, 4, 1), 0.5, np.float32), np.arange(100).astype(np.int32))
     rng = np.random.default_rng(0)
@@ -191,7 +354,7 @@ def test_nothing_to_score_is_a_result():
     assert found.diagnostics["metric"] == found.diagnostics["anomaly_index"] == [None] * 10
     assert found.diagnostics["flagged"] == []
     json.dumps(dict(found.diagnostics), allow_nan=False)
-    assert all("anomaly index none" in caption for caption in found.found)
+    assert all("none" in caption or "no trigger" in caption for caption in found.found)
     same(found.params, small_model(0, True))
 
 
@@ -388,6 +551,15 @@ def test_distillation_lowers_the_asr():
     assert measure(small_model(4, True))["asr"] > 0.95
     assert found.history[-1]["asr"] < 0.5 and found.history[-1]["acc"] > 0.93
     assert 0 <= found.diagnostics["teacher"]["acc"] <= 1
+
+
+def test_the_preset_keeps_the_accuracy_with_few_images():
+    """(The images of the small model are half as large, and it has two maps of attention.)"""
+    variables = small_model(4, True)
+    config = replace(find("nad", "cpu", "digits")[2], betas=(500.0, 1000.0), crop=2)
+    found = nad(MODEL, variables, clean(), config=config, key=KEY)
+    before, after = measure(variables), measure(found.params)
+    assert before["asr"] > 0.95 and after["asr"] < 0.35 and after["acc"] > before["acc"] - 0.04
 
 
 def test_attention_by_hand():

@@ -1,5 +1,7 @@
 """Are these images and labels? Said before anything long is done with them."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from ibau_jax.data.datasets import Dataset
@@ -37,6 +39,28 @@ def check_data(data: Dataset, what: str = "clean") -> Dataset:
             f"({len(images)},), one for each image"
         )
     return Dataset(images, labels.astype(np.int32))
+
+
+def missing_classes(labels: np.ndarray, num_classes: int) -> list[int]:
+    """Classes that none of the labels (int [N]) is of, in order."""
+    return np.setdiff1d(np.arange(num_classes), labels).tolist()
+
+
+def note_missing(labels: np.ndarray, num_classes: int) -> str | None:
+    """A line for the user on the classes that a clean set lacks; None: it has all."""
+    missing = missing_classes(labels, num_classes)
+    if not missing:
+        return None
+    return (
+        f"the clean set has no image of {len(missing)} of the {num_classes} classes "
+        f"({name_some(missing)}): the result may not hold for them, and fine-tuning may forget them"
+    )
+
+
+def name_some(classes: Sequence[int], most: int = 10) -> str:
+    """Classes by their numbers, at most so many: `0, 1, 2 and 40 more`."""
+    named = ", ".join(map(str, classes[:most]))
+    return named if len(classes) <= most else f"{named} and {len(classes) - most} more"
 
 
 def check_labels(labels: np.ndarray, num_classes: int, what: str = "clean") -> None:

@@ -61,8 +61,10 @@ def find(name: str, preset: str | None, dataset: str) -> tuple[Defense, str, Any
 
 def with_rounds(config: Any, rounds: int) -> Any:
     """A config whose history has so many rounds (of Fine-Pruning: after the pruned model)."""
+    if isinstance(config, tuning.Tuning):
+        return replace(config, epochs=rounds, steps=0)  # no more than asked for
     for name in ("rounds", "epochs"):
         if hasattr(config, name):
             return replace(config, **{name: rounds})
     name = "student" if hasattr(config, "student") else "tuning"
-    return replace(config, **{name: replace(getattr(config, name), epochs=rounds)})
+    return replace(config, **{name: with_rounds(getattr(config, name), rounds)})

@@ -148,9 +148,9 @@ def reverse_engineer(
       last.
 
     Raises:
-      InputError: fewer than three labels.
+      InputError: fewer than three labels, or all images are of one class.
     """
-    check_labels(num_classes)
+    check_labels(num_classes, clean.labels)
     count = len(clean.labels)
     batch_size = min(batch_size, count)
     batches = min(batches, count // batch_size)

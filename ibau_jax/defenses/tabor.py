@@ -18,9 +18,9 @@ from ibau_jax import parallel
 from ibau_jax.batches import check_clean
 from ibau_jax.data import Dataset
 from ibau_jax.defenses.common import Model, Run, Variables, check_positive, finite, opened
-from ibau_jax.defenses.neural_cleanse import CostSchedule, cleansed
+from ibau_jax.defenses.neural_cleanse import CostSchedule, cleansed, norms_of
 from ibau_jax.defenses.reverse import Found, Step, Terms, label_loss, reverse_engineer, stamp
-from ibau_jax.defenses.triggers import low_outliers
+from ibau_jax.defenses.triggers import LARGE, judge, low_outliers
 from ibau_jax.defenses.tuning import SHORT, Tuning
 from ibau_jax.errors import InputError, check_name
 from ibau_jax.ibau import Result
@@ -83,6 +83,15 @@ class TaborConfig:
             raise InputError(
                 f"weights are {self.weights}: expected six numbers of at least 0, lambda 1 to 6"
             )
+
+    @property
+    def works(self) -> float:
+        """Share of the stamped images that have to get the label for a trigger to count as found.
+
+        With fixed weights no step is asked for a success, and the metric weighs it; but what leads
+        fewer than half of the images to the label is no trigger.
+        """
+        return self.success if self.adaptive else 0.5
 
     @classmethod
     def paper(cls, dataset: str = "cifar10") -> "TaborConfig":
@@ -191,6 +200,14 @@ def tabor_score(region: np.ndarray, attack: float, explain: float, crop: float) 
     return float(np.log(region.mean()) + np.log(border / edges) - rates)
 
 
+def large(shape: tuple[int, int]) -> float:
+    """The metric of a square too large for a trigger, `LARGE` of a picture [H, W], that works."""
+    side = max(1, round((LARGE * shape[0] * shape[1]) ** 0.5))
+    region = np.zeros(shape, bool)
+    region[1 : 1 + side, 1 : 1 + side] = True
+    return tabor_score(region, attack=1, explain=1, crop=1)
+
+
 def scores_of(
     run: Run, model: Model, variables: Variables, clean: Dataset, found: list[Found], count=500
 ) -> list[float]:
@@ -265,12 +282,14 @@ def tabor(
         progress=progress,
     )
     scores = scores_of(run, model, variables, clean, found)
+    judged = judge([f.success >= config.works for f in found], clean.labels)
     if config.score == "metric":
-        outliers = low_outliers(np.array(scores), config.threshold, config.gap)
+        compared = judged.comparable(np.array(scores), large(clean.images.shape[1:3]))
+        outliers = low_outliers(compared, config.threshold, config.gap)
     else:
-        outliers = low_outliers(np.array([f.norm for f in found]), config.threshold)
+        outliers = low_outliers(norms_of(found, judged), config.threshold)
     return cleansed(
-        run, model, variables, clean, found, outliers, config,
+        run, model, variables, clean, found, judged, outliers, config,
         keys=(stamp_key, tune_key), progress=progress, devices=devices,
         metric=[finite(s) for s in scores],
     )  # fmt: skip
