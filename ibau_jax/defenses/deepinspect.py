@@ -21,7 +21,7 @@ from ibau_jax.data import Dataset
 from ibau_jax.defenses.common import Run, Variables, check_positive, finite, opened
 from ibau_jax.defenses.generator import Generator, Search, learn
 from ibau_jax.defenses.triggers import LARGE, check_labels, judge, note, stand_out, with_stamps
-from ibau_jax.defenses.tuning import MEASURED, SHORT, Tuning, tune
+from ibau_jax.defenses.tuning import SHORT, Tuning, tune
 from ibau_jax.errors import InputError, check_name
 from ibau_jax.fitting import batch_mean, batches_of, shuffled
 from ibau_jax.ibau import Result
@@ -78,11 +78,7 @@ class DeepInspectConfig:
 PRESETS = {
     # 43 labels take longer to learn than 10: on the authors' BadNets model of GTSRB the target has
     # an index of 2.6 and 64 % of the median loss after 1000 steps, 4.2 and 38 % after 3000.
-    # On other data sets a fourth of the median is asked for, as of Neural Cleanse and TABOR: on a
-    # model for digits a label without a backdoor had 41 % of it (index 2.1), the target 8 %.
-    "cpu": lambda dataset: DeepInspectConfig(
-        steps=3000 if dataset == "gtsrb" else 1000, ratio=0.5 if dataset in MEASURED else 0.25
-    ),
+    "cpu": lambda dataset: DeepInspectConfig(steps=3000 if dataset == "gtsrb" else 1000),
     # 20 passes over 5000 images, the rule of the paper, and an epoch of unlearning: after a second
     # one the accuracy is up to 17 points higher.
     "paper": lambda dataset: DeepInspectConfig(
