@@ -43,7 +43,8 @@ class IBAUConfig:
       keep_diverged: use a solution that is worse than none, as the published code does.
       constrained: the hypergradient of the projected fixed point, which also holds where delta
         is on the border of the ball; False: equation (4), which ignores the border.
-      route: `explicit` (jvp and vjp) or `jaxopt`, the same gradient.
+      route: `explicit` (jvp and vjp) or `jaxopt`, the same gradient; a model that forward mode
+        does not go through (a `jax.custom_vjp` inside) takes `jaxopt` by itself.
     """
 
     rounds: int | None = None

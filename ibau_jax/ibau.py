@@ -15,6 +15,7 @@ published code and our default is in `IBAUConfig` and nowhere else.
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -29,7 +30,13 @@ from ibau_jax.batches import Batch, check_clean, first_rows, images_in, make_bat
 from ibau_jax.config import IBAUConfig
 from ibau_jax.data import Dataset
 from ibau_jax.errors import InputError
-from ibau_jax.hypergradient import Report, hypergradient, hypergradient_jaxopt
+from ibau_jax.hypergradient import (
+    Direct,
+    Report,
+    hypergradient,
+    hypergradient_jaxopt,
+    needs_reverse_mode,
+)
 from ibau_jax.microbatch import summed
 from ibau_jax.models import Logits, Params
 from ibau_jax.parallel import Devices
@@ -47,16 +54,18 @@ class Result(NamedTuple):
       history: one dict a round: `round`, `delta_norm`, `inner_loss` (H on the last batch of the
         last ascent, before its final step), `outer_loss` (mean over the round), of the linear
         solves the mean `residual` and `contraction` (None where there is none), the sum of
-        `products`, `failed_solves` (diverged or not finite) and `fallbacks` (outer steps that
-        took the direct gradient instead), `seconds` (without compiling and evaluating), and
-        what `evaluate` gave.
+        `products`, `failed_solves` (not finite, or no nearer to the solution than zero is, within
+        0.1 % of the residual; the direct gradient by choice is none) and `fallbacks` (outer
+        steps that took the direct gradient instead), `seconds` (without compiling and
+        evaluating), and what `evaluate` gave.
       deltas: the last perturbation of each round, float [rounds, H, W, C].
       seconds: sum over the rounds.
       compile_seconds: tracing and compiling.
       found: triggers that a defense reconstructed, by a caption that names the label, as
         pictures float [H, W, C] in [0, 1].
       diagnostics: what a defense tells about its decisions, as JSON values; those that look for
-        triggers have `flagged`, the labels that they hold for targets.
+        triggers have `flagged`, the labels that they hold for targets; I-BAU has `route` and
+        `route_reason` where the model made it leave the route of its config.
     """
 
     params: Params
@@ -101,17 +110,13 @@ def unlearn(
       A `Result`, the same in each process.
 
     Raises:
-      InputError: `clean` or `params` are not as described, `logits` refuses the images, or the
-        parameters diverge.
+      InputError: `clean` or `params` are not as described, `logits` refuses the images or has no
+        derivatives, or the parameters diverge.
     """
     clean = check_clean(logits, params, clean)
     devices = devices or parallel.devices()
     config = resolve(config, logits, params, clean.images, len(devices.all))
-    if config.route != "explicit" and len(devices.all) > 1:
-        raise InputError(
-            f"the route {config.route!r} computes on one device, found {len(devices.all)}: choose "
-            "the route 'explicit' (the same gradient) or one device"
-        )
+    config, why = choose_route(config, logits, params, clean, len(devices.all))
     batches, sizes = make_batches(clean, config, devices)
     rounds, num_batches = config.rounds or 0, len(sizes)
     schedule = config.schedule(num_batches)  # batches of each outer pass between two ascents
@@ -175,7 +180,52 @@ def unlearn(
             )
             advance(0, _note(history[-1]))
     total = sum(r["seconds"] for r in history)
-    return Result(devices.one(state[0]), history, np.stack(deltas), total, compile_seconds)
+    told = {"route": config.route, "route_reason": why} if why else {}
+    return Result(
+        devices.one(state[0]),
+        history,
+        np.stack(deltas),
+        total,
+        compile_seconds,
+        diagnostics=told,
+    )
+
+
+def choose_route(
+    config: IBAUConfig, logits: Logits, params: Params, clean: Dataset, num_devices: int
+) -> tuple[IBAUConfig, str | None]:
+    """A config whose route the model and the devices allow, and why it is not the given one.
+
+    A model that forward mode does not go through (a `jax.custom_vjp` inside) takes the route
+    `jaxopt`, which gives the same gradient. Found out by tracing one image, before anything is
+    compiled.
+    """
+    one = "computes on one device, found"
+    if config.route != "explicit" and num_devices > 1:
+        raise InputError(
+            f"the route {config.route!r} {one} {num_devices}: choose the route 'explicit' (the "
+            "same gradient) or one device"
+        )
+    if config.route != "explicit" or isinstance(config.solver, Direct):
+        return config, None
+
+    def inner(delta, params):
+        return jnp.sum(cross_entropy(logits(params, clean.images[:1] + delta), clean.labels[:1]))
+
+    try:
+        why = needs_reverse_mode(inner, jnp.asarray(clean.images[0]), params)
+    except Exception as error:  # whatever the user's own function raises
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(
+            f"the model has no second derivatives ({reason}): expected a function that JAX "
+            "differentiates twice; the solver Direct() needs first derivatives only"
+        ) from error
+    if why and num_devices > 1:
+        raise InputError(
+            f"the model has no forward-mode derivatives ({why}): it needs the route 'jaxopt', "
+            f"which {one} {num_devices}; choose one device"
+        )
+    return (replace(config, route="jaxopt") if why else config), why
 
 
 def make_loss(logits: Logits, config: IBAUConfig, axis: str | None = None):
