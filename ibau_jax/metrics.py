@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ibau_jax.attacks import Attack
-from ibau_jax.data import Dataset
+from ibau_jax.data import Dataset, check_data, check_labels
 from ibau_jax.errors import InputError
 from ibau_jax.models import Logits
 
@@ -72,11 +72,10 @@ def evaluator(
       attacks: those that are known; empty where there is none to measure.
 
     Raises:
-      InputError: `data` is empty, or a trigger makes of it what is no image.
+      InputError: `data` are not as described, or a trigger makes of them what is no image; and by
+        `evaluate`, where a label or a target is no class of the model.
     """
-    if not len(data.images):
-        raise InputError("nothing to evaluate on: the split is empty")
-    images, labels = np.asarray(data.images), np.asarray(data.labels)
+    images, labels = check_data(data, "evaluation")
     triggered = [attack.stamp(images) for attack in attacks]
     run = predict(logits, batch_size)
 
@@ -89,6 +88,15 @@ def evaluator(
         return asr, float(hit[other].mean()), float((found == labels)[other].mean())
 
     def evaluate(params) -> Metrics:
+        num_classes = jax.eval_shape(logits, params, images[:1]).shape[-1]
+        check_labels(labels, num_classes, "evaluation")
+        for attack in attacks:
+            if attack.target is None and attack.num_classes != num_classes:
+                raise InputError(
+                    f"the all-to-all attack {attack.name!r} has {attack.num_classes} classes, the "
+                    f"model {num_classes}: expected the same number"
+                )
+            check_labels(attack.wanted(labels), num_classes, f"{attack.name}'s wanted")
         acc = float(np.mean(run(params, images) == labels))
         if not attacks:
             return Metrics(acc, None, None, None, len(labels))

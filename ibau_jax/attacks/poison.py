@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ibau_jax.data import Dataset
+from ibau_jax.data import Dataset, check_data, check_images
 from ibau_jax.errors import InputError
 
 SCENARIOS = ("one-target", "all-to-all", "seven-target")
@@ -44,12 +44,9 @@ class Attack:
         """Images with the trigger: [N, H, W, C] in [0, 1] -> the same shape, in [0, 1].
 
         Raises:
-          InputError: the images are not floating point, or the trigger gave something else.
+          InputError: the images are no such images, or the trigger gave something else.
         """
-        if not np.issubdtype(images.dtype, np.floating):
-            raise InputError(
-                f"images are {images.dtype}: expected float32 in [0, 1]; divide pixels by 255"
-            )
+        images = check_images(images)
         stamped = np.asarray(self.trigger(images))
         low, high = float(stamped.min(initial=0)), float(stamped.max(initial=0))
         if stamped.shape != images.shape or not (low >= 0 and high <= 1):  # also true for NaN
@@ -101,11 +98,11 @@ def poison(
       The poisoned set (same size) and a mask bool [N] of the poisoned rows.
 
     Raises:
-      InputError: the ratio is outside [0, 1] or asks for more rows than there are, or the trigger
-        makes what is no image.
+      InputError: the ratio is outside [0, 1] or asks for more rows than there are, `data` are not
+        as described, or the trigger makes what is no image.
     """
     check_ratio(ratio)
-    images, labels = np.array(data.images), np.array(data.labels)
+    images, labels = map(np.array, check_data(data, "training"))
     wanted = attack.wanted(labels)
     candidates = np.flatnonzero(labels != wanted)
     count = int(len(labels) * ratio)

@@ -2,6 +2,7 @@
 
 from ibau_jax.data.check import (
     check_data,
+    check_images,
     check_labels,
     missing_classes,
     name_some,
@@ -16,6 +17,7 @@ __all__ = [
     "Dataset",
     "check_data",
     "check_disjoint",
+    "check_images",
     "check_labels",
     "data_info",
     "load",

@@ -1,7 +1,9 @@
 """Are these images and labels? Said before anything long is done with them."""
 
 from collections.abc import Sequence
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from ibau_jax.data.datasets import Dataset
@@ -9,36 +11,72 @@ from ibau_jax.errors import InputError
 
 
 def check_data(data: Dataset, what: str = "clean") -> Dataset:
-    """The data as NumPy arrays, labels int32, after a check.
+    """The data as NumPy arrays in the precision that is computed in, after a check.
 
     Args:
-      data: images [N, H, W, C], labels [N].
-      what: `clean` or `training`, for the message.
+      data: images [N, H, W, C] (see `check_images`), labels integers [N]; arrays of any library,
+        or lists.
+      what: `clean`, `training` or `evaluation`, for the message.
+
+    Returns:
+      images float32 (float64 where JAX is set to it and they are), labels int32.
 
     Raises:
-      InputError: no image, shapes that do not fit, or images that are not floats in [0, 1].
+      InputError: no image, shapes that do not fit, images that are not floats in [0, 1], or labels
+        that are not integers of 32 bits.
     """
-    images, labels = np.asarray(data.images), np.asarray(data.labels)
-    if images.ndim != 4:
-        raise InputError(f"{what} images have shape {images.shape}: expected [N, H, W, C]")
+    images = check_images(data.images, what)
     if not len(images):
         raise InputError(f"the {what} set is empty: expected at least one image")
-    if not np.issubdtype(images.dtype, np.floating):
-        raise InputError(
-            f"{what} images are {images.dtype}: expected float32 in [0, 1]; divide pixels by 255"
-        )
-    low, high = float(images.min()), float(images.max())
-    if not (0 <= low and high <= 1):  # also true where one is NaN
-        raise InputError(
-            f"{what} images range from {low:g} to {high:g}: expected values in [0, 1] without "
-            "NaN; divide pixels by 255 and leave out any normalisation (put it into the model)"
-        )
+    labels = _array(data.labels, f"{what} labels")
     if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
         raise InputError(
             f"{what} labels are {labels.dtype} {labels.shape}: expected integers of shape "
             f"({len(images)},), one for each image"
         )
-    return Dataset(images, labels.astype(np.int32))
+    small = labels.astype(np.int32)
+    if not np.array_equal(small, labels):
+        raise InputError(
+            f"{what} labels range from {labels.min()} to {labels.max()}: expected classes, "
+            "counted from 0"
+        )
+    return Dataset(images, small)
+
+
+def check_images(images: Any, what: str = "") -> np.ndarray:
+    """Images as a NumPy array, after a check: the one door for images of the user's.
+
+    Args:
+      images: floats [N, H, W, C] in [0, 1] of any precision, as an array of any library or a list.
+      what: the set they belong to, for the message.
+
+    Returns:
+      float32 [N, H, W, C]; float64 where JAX is set to it and they are.
+
+    Raises:
+      InputError: another shape, no floats, or values that are not in [0, 1].
+    """
+    name = f"{what} images".strip()
+    images = _array(images, name)
+    if images.ndim != 4:
+        hint = "; give grey images a channel, images[..., None]" if images.ndim == 3 else ""
+        raise InputError(f"{name} have shape {images.shape}: expected [N, H, W, C]{hint}")
+    if not jnp.issubdtype(images.dtype, jnp.floating):  # NumPy does not know bfloat16 for a float
+        raise InputError(
+            f"{name} are {images.dtype}: expected float32 in [0, 1]; divide pixels by 255"
+        )
+    low, high = (float(images.min()), float(images.max())) if images.size else (0.0, 0.0)
+    if not (0 <= low and high <= 1):  # also true where one is NaN
+        raise InputError(
+            f"{name} range from {low:g} to {high:g}: expected values in [0, 1] without "
+            "NaN; divide pixels by 255 and leave out any normalisation (put it into the model)"
+        )
+    if 0 < high < 1.5 / 255:
+        raise InputError(
+            f"{name} range from {low:g} to {high:g}: expected values in [0, 1], the largest near "
+            "1; divide pixels by 255 only once"
+        )
+    return images.astype(jnp.promote_types(jnp.float32, jnp.result_type(images)), copy=False)
 
 
 def missing_classes(labels: np.ndarray, num_classes: int) -> list[int]:
@@ -70,3 +108,13 @@ def check_labels(labels: np.ndarray, num_classes: int, what: str = "clean") -> N
             f"{what} labels range from {labels.min()} to {labels.max()}, but the model has "
             f"{num_classes} classes: expected labels from 0 to {num_classes - 1}"
         )
+
+
+def _array(values: Any, what: str) -> np.ndarray:
+    try:
+        return np.asarray(values)
+    except Exception as error:  # ragged lists; tensors on a device, or with a graph
+        raise InputError(
+            f"{what} cannot be read as one array ({str(error).strip().splitlines()[0]}): expected "
+            "an array, or images of one size"
+        ) from error
