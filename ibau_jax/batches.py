@@ -1,5 +1,6 @@
 """The clean set as a stack of equal batches on the device, checked first."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from ibau_jax import parallel
 from ibau_jax.config import IBAUConfig
 from ibau_jax.data import Dataset, check_data, check_labels
 from ibau_jax.errors import InputError
-from ibau_jax.models import Logits, Params
+from ibau_jax.models import Classifier, Logits, Params
 from ibau_jax.parallel import Devices
 
 
@@ -37,6 +38,9 @@ def make_batches(
     clean: Dataset, config: IBAUConfig, on: Devices | None = None
 ) -> tuple[Batch, np.ndarray]:
     """Cut a clean set, in its order, into batches; the last one may be smaller.
+
+    (`shuffled` brings it into an order drawn at random: a set that is sorted by class, as a
+    folder of images is, would make batches of one class.)
 
     All have one shape (so everything compiles once): what is missing is filled up with rows
     of weight 0, which count nowhere.
@@ -69,6 +73,12 @@ def make_batches(
         )
 
     return (jax.tree.map(jnp.asarray, rows_of(0)) if on is None else on.share(rows_of)), sizes
+
+
+def shuffled(clean: Dataset, key: jax.Array) -> Dataset:
+    """The same images and labels in an order drawn from `key`."""
+    order = np.asarray(jax.random.permutation(key, len(clean.labels)))
+    return Dataset(clean.images[order], clean.labels[order])
 
 
 def first_rows(batch: Batch, count: int | None, multiple: int, axis: str | None = None) -> Batch:
@@ -132,14 +142,7 @@ def check_clean(logits: Logits, params: Params, clean: Dataset) -> Dataset:
       InputError: says what was expected, what was found and what to do.
     """
     images, labels = clean = check_data(clean)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        name = jax.tree_util.keystr(path)
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-            raise InputError(
-                f"the parameter {name} is {jnp.result_type(leaf)}: expected floating point"
-            )
-        if not bool(jnp.isfinite(leaf).all()):
-            raise InputError(f"the parameter {name} holds NaN or infinite values")
+    check_params(logits, params)
     try:
         out = jax.eval_shape(logits, params, jax.ShapeDtypeStruct(images[:1].shape, images.dtype))
     except Exception as error:  # whatever the user's own function raises
@@ -153,3 +156,36 @@ def check_clean(logits: Logits, params: Params, clean: Dataset) -> Dataset:
         )
     check_labels(labels, out.shape[1])
     return clean
+
+
+def check_params(logits: Logits, params: Params) -> None:
+    """Raise `InputError` unless `params` are what can be trained, in the form that belongs to
+    `logits`: the variables of a `Classifier`, or the parameters of a plain function."""
+    trained = params
+    if isinstance(logits, Classifier):
+        if not isinstance(params, Mapping) or "params" not in params:
+            found = sorted(params) if isinstance(params, Mapping) else type(params).__name__
+            raise InputError(
+                f"the variables of a Classifier have no collection 'params' (found {found}): give "
+                "all that module.init returns, {'params': ..., 'batch_stats': ...}"
+            )
+        trained = params["params"]
+    elif isinstance(params, Mapping) and "batch_stats" in params:
+        # They would be trained like weights, and no one would notice.
+        raise InputError(
+            "the parameters of a plain function hold 'batch_stats', which are no weights: give "
+            "Classifier(module) with the variables, or evaluation_logits(module, variables) with "
+            "variables['params'] (both in ibau_jax.models)"
+        )
+    if not jax.tree.leaves(trained):
+        raise InputError("the model has no parameters: expected at least one array to train")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(trained):
+        name = jax.tree_util.keystr(path)
+        if not hasattr(leaf, "dtype") or not jnp.issubdtype(leaf.dtype, jnp.floating):
+            found = getattr(leaf, "dtype", type(leaf).__name__)
+            raise InputError(
+                f"the parameter {name} is {found}: expected an array of floating point; put what "
+                "is not trained into the function"
+            )
+        if not bool(jnp.isfinite(leaf).all()):
+            raise InputError(f"the parameter {name} holds NaN or infinite values")

@@ -17,6 +17,8 @@ class IBAUConfig:
       rounds: passes over the clean set; None: 2, or as many as make 80 outer steps.
       batch_size: images in a batch (a smaller clean set is one batch); None: 100, or a tenth of
         a clean set below 1000 images, but at least 10.
+      shuffle: draw the order of the clean images once, before they are cut into batches; False:
+        take them as they come.
       microbatch: images that are differentiated at a time; None: the whole batch; `auto`: 10
         on a CPU, unless the model has `lax.conv` in it (see `batches.resolve`), else the whole
         batch. Only speed and memory depend on it.
@@ -49,6 +51,7 @@ class IBAUConfig:
 
     rounds: int | None = None
     batch_size: int | None = None
+    shuffle: bool = True
     microbatch: int | Literal["auto"] | None = "auto"
     norm: str = "l2"
     radius: float = 10.0
@@ -111,6 +114,7 @@ class IBAUConfig:
         return cls(
             rounds=1,
             batch_size=100,
+            shuffle=False,
             radius=10.0,
             inner_steps=10,
             inner_optimizer="sgd",
@@ -132,6 +136,7 @@ class IBAUConfig:
         config = cls(
             rounds=1,
             batch_size=100,
+            shuffle=False,
             radius=10.0,
             inner_steps=None,
             inner_optimizer="sgd",

@@ -104,7 +104,8 @@ def fit(
                 "loss": float(np.mean(losses)),
                 "seconds": time.perf_counter() - started,
             }
-            record = on_epoch(record, devices.one(state.variables))
+            # A copy: the next step takes the memory of the state.
+            record = on_epoch(record, jax.tree.map(jnp.copy, devices.one(state.variables)))
             history.append(record)
             losses, earlier = [], 0.0
             save(0.0)

@@ -26,7 +26,15 @@ import optax
 from jax import lax
 
 from ibau_jax import parallel, processes
-from ibau_jax.batches import Batch, check_clean, first_rows, images_in, make_batches, resolve
+from ibau_jax.batches import (
+    Batch,
+    check_clean,
+    first_rows,
+    images_in,
+    make_batches,
+    resolve,
+    shuffled,
+)
 from ibau_jax.config import IBAUConfig
 from ibau_jax.data import Dataset
 from ibau_jax.errors import InputError
@@ -38,7 +46,7 @@ from ibau_jax.hypergradient import (
     needs_reverse_mode,
 )
 from ibau_jax.microbatch import summed
-from ibau_jax.models import Logits, Params
+from ibau_jax.models import Logits, Params, closed, of_params, opened
 from ibau_jax.parallel import Devices
 from ibau_jax.progress import progress_bar
 from ibau_jax.solvers import all_finite
@@ -93,11 +101,14 @@ def unlearn(
 
     Args:
       logits: pure function `logits(params, images [N, H, W, C]) -> [N, num_classes]`, in
-        evaluation mode (dropout off, batch statistics fixed).
-      params: pytree of floating-point arrays.
-      clean: correctly labelled images without trigger, [N, H, W, C] in [0, 1], any size.
+        evaluation mode (dropout off, batch statistics fixed); or a `models.Classifier`.
+      params: pytree of floating-point arrays; of a `Classifier` the whole variables, of which
+        only the collection `params` is trained. They come back in the dtypes they are given in.
+      clean: correctly labelled images without trigger, [N, H, W, C] in [0, 1], any size and any
+        order.
       config: how; the default is the preset `default`.
-      key: random key (`jax.random.key(seed)`): draws the images that are patched.
+      key: random key (`jax.random.key(seed)`): draws the order of the clean images, and those that
+        are patched.
       evaluate: `evaluate(params) -> mapping` is called before the first round and after each;
         what it gives is put into the round's record (for example ACC and ASR).
       on_round: called with the record of each round as it ends; round 0 is the model as given.
@@ -115,8 +126,13 @@ def unlearn(
     """
     clean = check_clean(logits, params, clean)
     devices = devices or parallel.devices()
+    model, variables = opened(logits, params)
+    given, logits, params = params, of_params(model, variables), variables["params"]
     config = resolve(config, logits, params, clean.images, len(devices.all))
     config, why = choose_route(config, logits, params, clean, len(devices.all))
+    if config.shuffle:
+        order_key, key = jax.random.split(key)
+        clean = shuffled(clean, order_key)
     batches, sizes = make_batches(clean, config, devices)
     rounds, num_batches = config.rounds or 0, len(sizes)
     schedule = config.schedule(num_batches)  # batches of each outer pass between two ascents
@@ -136,9 +152,12 @@ def unlearn(
     history: list[dict[str, Any]] = []
     deltas: list[np.ndarray] = []
 
+    def cleaned() -> Params:
+        return closed(model, {**variables, "params": devices.one(state[0])}, given)
+
     def record(**values):
         if evaluate is not None:
-            values |= dict(evaluate(devices.one(state[0])))
+            values |= dict(evaluate(cleaned()))
         if on_round is not None:
             on_round(values)
         return values
@@ -182,7 +201,7 @@ def unlearn(
     total = sum(r["seconds"] for r in history)
     told = {"route": config.route, "route_reason": why} if why else {}
     return Result(
-        devices.one(state[0]),
+        cleaned(),
         history,
         np.stack(deltas),
         total,

@@ -67,7 +67,10 @@ class Devices(NamedTuple):
             devices=self.all,
             donate_argnums=donate,
         )
-        return mapped.lower(*args).compile()  # pyright: ignore[reportFunctionMemberAccess]
+        # What a program draws for the whole batch, and cuts its own rows out of, begins with the
+        # same numbers however many rows of padding there are, hence on any number of devices.
+        with jax.threefry_partitionable(True):
+            return mapped.lower(*args).compile()  # pyright: ignore[reportFunctionMemberAccess]
 
     def share(self, rows_of: Callable[[int], Tree]) -> Tree:
         """Put on each device of this process its own rows: `rows_of(number)`, NumPy arrays."""
@@ -84,12 +87,22 @@ class Devices(NamedTuple):
         return jax.tree.map(join, *parts)
 
     def replicate(self, tree: Tree) -> Tree:
-        """Put the same arrays (or random keys) on every device."""
+        """Put the same arrays (or random keys) on every device.
+
+        Raises:
+          InputError: a key on several devices whose draws would depend on their number.
+        """
         sharding = NamedSharding(self._mesh, PartitionSpec())
 
         def put(leaf):
             if _is_key(leaf):
                 kind = jax.random.key_impl(leaf)
+                if len(self.all) > 1 and kind != "threefry2x32":
+                    raise InputError(
+                        f"the random key is of the kind {kind!r}, whose draws depend on the number "
+                        "of devices: expected jax.random.key(seed, impl='threefry2x32'), or one "
+                        "device"
+                    )
                 return jax.random.wrap_key_data(put(jax.random.key_data(leaf)), impl=kind)
             if not isinstance(leaf, np.ndarray) or leaf.dtype.itemsize == 8:
                 leaf = np.asarray(jnp.asarray(leaf))  # in the precision that JAX is set to

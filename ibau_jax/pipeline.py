@@ -11,11 +11,19 @@ import numpy as np
 from ibau_jax import parallel, processes
 from ibau_jax.attack_options import describe, make_attacks
 from ibau_jax.attacks import Attack, poison_all, scenario_of
-from ibau_jax.batches import images_a_batch, make_batches, resolve
+from ibau_jax.batches import images_a_batch, make_batches, resolve, shuffled
 from ibau_jax.bounds import vgg_bound
 from ibau_jax.checkpoint import Model, convert_pth, load_model, model_hash, save_model
 from ibau_jax.config import IBAUConfig
-from ibau_jax.data import DATASETS, DataInfo, Dataset, check_disjoint, data_info, load
+from ibau_jax.data import (
+    DATASETS,
+    DataInfo,
+    Dataset,
+    check_disjoint,
+    data_info,
+    load,
+    note_missing,
+)
 from ibau_jax.defenses import find as find_defense
 from ibau_jax.defenses import with_rounds
 from ibau_jax.errors import InputError
@@ -141,16 +149,17 @@ def defend(
     out = Path(out or Path("runs") / name)
     if first:
         make_folder(out)
+    lacking = note_missing(clean_set.labels, info.num_classes)
+    if first and lacking:
+        on_note(lacking)
     if isinstance(config, IBAUConfig):
         _note_batches(config, len(clean_set.labels), len(devices.all), on_note)
-    module = build(loaded.architecture, loaded.num_classes)
-    logits: Any = Classifier(module) if entry.module else _logits(loaded)
-    params = loaded.variables if entry.module else loaded.variables["params"]
+    network = Classifier(build(loaded.architecture, loaded.num_classes))
     ratio = loaded.info.get("poison_ratio") if poison_ratio is None else poison_ratio
     more = {}
     if entry.train_set:
         more["train_set"] = _train_set(loaded, info, ratio, data_dir)
-    measure = evaluator(logits, held_out, loaded.attacks)
+    measure = evaluator(network, held_out, loaded.attacks)
     described: Json = {
         "experiment": experiment,
         "dataset": info.name,
@@ -181,8 +190,8 @@ def defend(
             write_rows(out / PARTIAL, rows)
 
     result = entry.run(
-        logits,
-        params,
+        network,
+        loaded.variables,
         clean_set,
         config=config,
         key=jax.random.key(seed),
@@ -193,7 +202,7 @@ def defend(
         **more,
     )
     told = dict(result.diagnostics)
-    if first and "note" in told:
+    if first and told.get("note", lacking) != lacking:
         on_note(told["note"])
     flagged = {"flagged": told.pop("flagged")} if "flagged" in told else {}
     for row in rows:
@@ -201,11 +210,10 @@ def defend(
 
     if first:
         used = {"defense": defense, "preset": preset, "seed": seed}
-        cleaned = jax.tree.map(np.asarray, result.params)
-        variables = cleaned if entry.module else {**loaded.variables, "params": cleaned}
+        variables = jax.tree.map(np.asarray, result.params)
         cleaned = replace(loaded, variables=variables, info={**loaded.info, "cleaned_by": used})
         save_model(out / CLEANED, cleaned)
-        write_pictures(out, _pictures(loaded, logits, params, result, held_out))
+        write_pictures(out, _pictures(loaded, network, result, held_out))
         write_rows(out / ROWS, rows)
         (out / PARTIAL).unlink(missing_ok=True)
         write_report(out)
@@ -271,7 +279,7 @@ def bound(
     data = load(info.name, clean or info.clean, data_dir)
     logits, params = _logits(loaded), loaded.variables["params"]
     config = resolve(replace(IBAUConfig(), radius=radius), logits, params, data.images)
-    batches, _ = make_batches(data, config)
+    batches, _ = make_batches(shuffled(data, jax.random.key(0)), config)
     delta, _ = jax.jit(make_ascent(logits, config))(params, batches, 0)
     found = vgg_bound(
         loaded.variables, logits, data, np.asarray(delta), radius=radius, margin=margin, xi=xi
@@ -335,12 +343,12 @@ def info_for(model: Model, dataset: str | None, path: str | Path) -> DataInfo:
     return info
 
 
-def _pictures(model: Model, logits, params, result, held_out, count: int = 12) -> Pictures:
+def _pictures(model: Model, network, result, held_out, count: int = 12) -> Pictures:
     labels, images = np.asarray(held_out.labels), np.asarray(held_out.images)
     wanted = np.array([attack.wanted(labels) for attack in model.attacks])
     rows = np.flatnonzero((labels != wanted).all(0) if len(wanted) else labels >= 0)[:count]
     images, labels = images[rows], labels[rows]
-    run = predict(logits)
+    run = predict(network)
     triggered = np.array(
         [
             model.attacks[i % len(model.attacks)].trigger(image)
@@ -355,7 +363,7 @@ def _pictures(model: Model, logits, params, result, held_out, count: int = 12) -
         images=images,
         triggered=triggered,
         labels=labels,
-        before=run(params, shown),
+        before=run(model.variables, shown),
         after=run(result.params, shown),
         found=np.array([*result.found.values()], np.float32),
         captions=np.array([*result.found]),

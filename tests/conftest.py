@@ -137,7 +137,12 @@ def clean() -> Dataset:
 
 def measure(variables) -> dict:
     """ACC and ASR (of `SQUARE`) of `MODEL` on the other test images."""
-    return evaluator(MODEL, small_digits("test[400:]"), [SQUARE])(variables).row()
+    return _evaluator()(variables).row()
+
+
+@functools.cache
+def _evaluator():
+    return evaluator(MODEL, small_digits("test[400:]"), [SQUARE])
 
 
 def same(one, two):

@@ -507,20 +507,27 @@ def test_report_of_nothing_is_refused(capsys, tmp_path):
 
 
 def test_an_interrupted_run_leaves_earlier_results(digits_model, defended, tmp_path, monkeypatch):
-    """Stopped after the first measurement: the rows, model and report of the run before stay."""
+    """Stopped after the first measurement: the rows, model and report of the run before stay.
+
+    (And any defense is told before it starts which classes the clean set lacks.)
+    """
     from ibau_jax import IBAUConfig, pipeline
 
     out, _ = defended
     before = {p.name: p.read_bytes() for p in out.iterdir()}
 
     def stop(*_, on_round, evaluate, **__):
-        on_round({"round": 0, **evaluate(load_model(digits_model).variables["params"])})
+        on_round({"round": 0, **evaluate(load_model(digits_model).variables)})
         raise KeyboardInterrupt
 
-    entry = Defense(stop, {}, module=False)
+    entry = Defense(stop, {})
     monkeypatch.setattr(pipeline, "find_defense", lambda *_: (entry, "default", IBAUConfig()))
+    notes = []
     with pytest.raises(KeyboardInterrupt):
-        pipeline.defend(digits_model, clean="test[:20]", split="test[780:]", out=out)
+        pipeline.defend(
+            digits_model, clean="test[:7]", split="test[780:]", out=out, on_note=notes.append
+        )
+    assert "no image of 4 of the 10 classes (0, 3, 6, 9)" in notes[0]
     after = {p.name: p.read_bytes() for p in out.iterdir()}
     assert after.pop(PARTIAL)
     assert after == before

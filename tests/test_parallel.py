@@ -9,11 +9,12 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from ibau_jax.errors import InputError
-from ibau_jax.parallel import devices
+from ibau_jax.parallel import Devices, devices
 
 HERE = Path(__file__).parent
 # Most of the time is LLVM's optimisation of many programs that run for a moment.
@@ -124,3 +125,23 @@ def test_a_lost_process_ends_the_other(killed, digits_model, tmp_path):
     assert {p.name for p in out.iterdir()} == {"rows.partial.jsonl"}
     for line in (out / "rows.partial.jsonl").read_text().splitlines():
         json.loads(line)
+
+
+def test_draws_do_not_depend_on_padding_or_a_flag():
+    """What N devices draw is more rows of padding than what one draws, and begins the same."""
+    on = devices(1)
+    row, key = on.share(lambda _: np.zeros(1)), on.replicate(jax.random.key(0))
+
+    def drawn(rows: int) -> np.ndarray:
+        program = on.compile(lambda key, _: jax.random.uniform(key, (rows,)), key, row, rows=(1,))
+        return np.asarray(program(key, row))
+
+    with jax.threefry_partitionable(False):
+        np.testing.assert_array_equal(drawn(103), drawn(104)[:103])
+
+
+def test_a_key_whose_draws_depend_on_the_devices_is_refused():
+    key = jax.random.key(0, impl="rbg")
+    devices(1).replicate(key)
+    with pytest.raises(InputError, match="'rbg', whose draws depend on the number of devices"):
+        Devices((*jax.devices()[:1], *jax.devices()[:1])).replicate(key)

@@ -23,22 +23,19 @@ class Defense(NamedTuple):
     """A defense and its named settings.
 
     Attributes:
-      run: `run(logits, params, clean, config=, key=, evaluate=, on_round=, progress=,
-        devices=)`.
+      run: `run(model, variables, clean, config=, key=, evaluate=, on_round=, progress=,
+        devices=)`, with a `models.Classifier` and its variables, or a plain function.
       presets: name -> function of the data set's name -> config; the first is the default.
-      module: it is given the model as a `models.Classifier`, whose parameters are the whole
-        variables; else as a function of the trainable parameters.
       train_set: it is also given the training set (poisoned as it is), as `train_set=`.
     """
 
     run: Callable[..., Result]
     presets: dict[str, Callable[[str], Any]]
-    module: bool = True
     train_set: bool = False
 
 
 DEFENSES: dict[str, Defense] = {
-    "ibau": Defense(unlearn, PRESETS, module=False),
+    "ibau": Defense(unlearn, PRESETS),
     "finetune": Defense(tuning.finetune, tuning.PRESETS),
     "neural-cleanse": Defense(neural_cleanse.neural_cleanse, neural_cleanse.PRESETS),
     "deepinspect": Defense(deepinspect.deepinspect, deepinspect.PRESETS),

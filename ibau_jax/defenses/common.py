@@ -1,53 +1,16 @@
-"""What the baselines share: one view of every model, and the bookkeeping of a run."""
+"""What the baselines share: the bookkeeping of a run, and checks."""
 
 import contextlib
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import numpy as np
 
 from ibau_jax.errors import InputError
 from ibau_jax.ibau import Result
-from ibau_jax.models import Classifier, Logits, Params
+from ibau_jax.models import Classifier, Model, Params, Variables, closed
 from ibau_jax.parallel import Devices
-
-Variables = dict[str, Any]
-
-
-class Frozen(NamedTuple):
-    """A plain `logits(params, images)` with the methods of a `Classifier`.
-
-    It is trained in evaluation mode, and there is nothing inside to look at.
-    """
-
-    logits: Logits
-
-    def __call__(self, variables: Variables, images: jax.Array) -> jax.Array:
-        return self.logits(variables["params"], images)
-
-    def look(self, variables: Variables, images: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
-        return self(variables, images), []
-
-    def train(self, variables: Variables, images: jax.Array, key, weights=None, axis=None):
-        del key, weights, axis
-        return self(variables, images), [], {}
-
-
-Model = Classifier | Frozen
-
-
-def opened(logits: Logits, params: Params) -> tuple[Model, Variables]:
-    """The model and its variables, whichever form they were given in."""
-    if isinstance(logits, Classifier):
-        return logits, dict(params)
-    return Frozen(logits), {"params": params}
-
-
-def closed(model: Model, variables: Variables) -> Params:
-    """The parameters in the form they were given in."""
-    return variables if isinstance(model, Classifier) else variables["params"]
 
 
 class Run:
@@ -56,18 +19,22 @@ class Run:
     The clock starts with the record of round 0.
 
     Args:
+      model: from `models.opened`.
+      given: the parameters as they were given; results come in their form and dtypes.
       evaluate, on_round: as for `ibau_jax.ibau.unlearn`.
     """
 
     def __init__(
         self,
         model: Model,
+        given: Params,
         evaluate: Callable[[Params], Mapping[str, Any]] | None,
         on_round: Callable[[dict[str, Any]], None] | None,
     ):
         self.history: list[dict[str, Any]] = []
         self.seconds = self.compile_seconds = 0.0
-        self._model, self._evaluate, self._on_round = model, evaluate, on_round
+        self._model, self._given = model, given
+        self._evaluate, self._on_round = evaluate, on_round
         self._since = time.perf_counter()
 
     def compile(
@@ -102,18 +69,21 @@ class Run:
         seconds = time.perf_counter() - self._since if self.history else 0.0
         record = {"round": len(self.history), **values, "seconds": seconds}
         self.seconds += seconds
-        if self._evaluate is not None:
-            record |= dict(self._evaluate(closed(self._model, variables)))
+        record |= self.measured(variables)
         if self._on_round is not None:
             self._on_round(record)
         self.history.append(record)
         self._since = time.perf_counter()
         return record
 
+    def measured(self, variables: Variables) -> dict[str, Any]:
+        """What `evaluate` says of a model."""
+        return {} if self._evaluate is None else dict(self._evaluate(self._closed(variables)))
+
     def result(self, variables: Variables, **fields: Any) -> Result:
         """`fields`: `found`, `diagnostics` of `Result`."""
         return Result(
-            params=closed(self._model, variables),
+            params=self._closed(variables),
             history=self.history[1:],
             deltas=np.zeros((0, 1, 1, 1), np.float32),
             seconds=self.seconds,
@@ -121,12 +91,15 @@ class Run:
             **fields,
         )
 
+    def _closed(self, variables: Variables) -> Params:
+        return closed(self._model, variables, self._given)
 
-def needs_module(model: Model, defense: str, why: str) -> Classifier:
-    """The model as a `Classifier`, for a defense that cannot do with a plain function.
+
+def needs_module(model: Any, defense: str, why: str) -> Classifier:
+    """The user's model, for a defense that cannot do with a plain function.
 
     Raises:
-      InputError: it is a plain function.
+      InputError: it is no `Classifier`.
     """
     if not isinstance(model, Classifier):
         raise InputError(

@@ -18,14 +18,14 @@ import numpy as np
 from ibau_jax import parallel
 from ibau_jax.batches import check_clean
 from ibau_jax.data import Dataset
-from ibau_jax.defenses.common import Run, Variables, check_positive, finite, opened
+from ibau_jax.defenses.common import Run, check_positive, finite
 from ibau_jax.defenses.generator import Generator, Search, learn
 from ibau_jax.defenses.triggers import LARGE, check_labels, judge, note, stand_out, with_stamps
 from ibau_jax.defenses.tuning import SHORT, Tuning, tune
 from ibau_jax.errors import InputError, check_name
 from ibau_jax.fitting import batch_mean, batches_of, shuffled
 from ibau_jax.ibau import Result
-from ibau_jax.models import Logits, Params
+from ibau_jax.models import Logits, Params, Variables, opened
 from ibau_jax.parallel import Devices
 
 
@@ -145,7 +145,7 @@ def deepinspect(
         model, generator, classes, config.noise, config.squared, config.penalty, config.allowance
     )
     learn_key, score_key, draw_key, stamp_key, tune_key = jax.random.split(key, 5)
-    run = Run(model, evaluate, on_round)
+    run = Run(model, params, evaluate, on_round)
     run.record(variables)
     learned = learn(
         run, search, variables, clean, steps=config.steps, batch_size=config.batch_size,

@@ -19,12 +19,12 @@ import optax
 from ibau_jax import parallel, processes
 from ibau_jax.batches import check_clean
 from ibau_jax.data import Dataset
-from ibau_jax.defenses.common import Run, Variables, check_positive, finite, needs_module, opened
+from ibau_jax.defenses.common import Run, check_positive, finite, needs_module
 from ibau_jax.errors import InputError
 from ibau_jax.fitting import Rows, batches_of, shuffled
 from ibau_jax.ibau import Result
 from ibau_jax.microbatch import accumulate
-from ibau_jax.models import Classifier, Logits, Params
+from ibau_jax.models import Classifier, Logits, Params, Variables, opened
 from ibau_jax.parallel import Devices
 from ibau_jax.progress import progress_bar
 from ibau_jax.solvers import all_finite
@@ -105,8 +105,7 @@ def dp_sgd(
       InputError: there is no training set or it is not as described, `logits` is a plain
         function, or the parameters are no longer finite (the loss need not be).
     """
-    model, given = opened(logits, params)
-    model = needs_module(model, "dp-sgd", "initialises the network anew")
+    model = needs_module(logits, "dp-sgd", "initialises the network anew")
     if train_set is None:
         raise InputError(
             "dp-sgd trains on the poisoned training set: expected train_set, found none; on the "
@@ -114,9 +113,10 @@ def dp_sgd(
             "poisoned, or --poison-ratio R for an imported model"
         )
     check_clean(logits, params, clean)
+    _, given = opened(logits, params)
     data = _checked(logits, params, train_set)
     devices = devices or parallel.devices()
-    run = Run(model, evaluate, on_round)
+    run = Run(model, params, evaluate, on_round)
     run.record(given)
 
     init_key, noise_key, order_key = jax.random.split(key, 3)
@@ -152,7 +152,8 @@ def dp_sgd(
                     losses.append(float(devices.one(loss)))
                 advance(1, "")
             devices.check_equal(state=state)
-            variables = {"params": devices.one(state[0]), **fixed}
+            # A copy: the next step takes the memory of the state.
+            variables = {"params": jax.tree.map(jnp.copy, devices.one(state[0])), **fixed}
             if not all_finite(variables["params"]):
                 raise InputError(
                     f"dp-sgd: the parameters are no longer finite in epoch {epoch}; expected a "

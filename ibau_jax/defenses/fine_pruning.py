@@ -17,11 +17,11 @@ import numpy as np
 from ibau_jax import parallel
 from ibau_jax.batches import check_clean
 from ibau_jax.data import Dataset
-from ibau_jax.defenses.common import Run, check_positive, needs_module, opened
+from ibau_jax.defenses.common import Run, check_positive, needs_module
 from ibau_jax.defenses.tuning import Tuning, tune
 from ibau_jax.errors import InputError
 from ibau_jax.ibau import Result
-from ibau_jax.models import Classifier, Logits, Params
+from ibau_jax.models import Classifier, Logits, Params, opened
 from ibau_jax.parallel import Devices
 
 
@@ -96,7 +96,7 @@ def fine_pruning(
     prune_by, rest = (
         Dataset(clean.images[rows], clean.labels[rows]) for rows in (order[:count], order[count:])
     )
-    run = Run(model, evaluate, on_round)
+    run = Run(model, params, evaluate, on_round)
     run.record(variables)
     kept, activity, pruned, accuracy = prune(model, variables, prune_by, config.drop, run=run)
     cut = cutter(kept)

@@ -12,11 +12,11 @@ import optax
 from ibau_jax import parallel
 from ibau_jax.convolution import convolve
 from ibau_jax.data import Dataset
-from ibau_jax.defenses.common import Model, Run, Variables
+from ibau_jax.defenses.common import Run
 from ibau_jax.errors import InputError
 from ibau_jax.fitting import TrainState, batch_mean, batches_of, fit
 from ibau_jax.ibau import clip_images, cross_entropy
-from ibau_jax.models import Params
+from ibau_jax.models import Model, Params, Variables
 from ibau_jax.parallel import Devices
 
 

@@ -15,12 +15,12 @@ import numpy as np
 from ibau_jax import parallel
 from ibau_jax.batches import check_clean
 from ibau_jax.data import Dataset
-from ibau_jax.defenses.common import Run, needs_module, opened
+from ibau_jax.defenses.common import Run, needs_module
 from ibau_jax.defenses.tuning import MEASURED, Tuning, tune
 from ibau_jax.errors import InputError
 from ibau_jax.fitting import batch_mean
 from ibau_jax.ibau import Result, cross_entropy
-from ibau_jax.models import Classifier, Logits, Params
+from ibau_jax.models import Classifier, Logits, Params, opened
 from ibau_jax.parallel import Devices
 
 SGD = Tuning(batch_size=64, rate=0.1, nesterov=True, decay=1e-4)
@@ -119,7 +119,7 @@ def nad(
             f"betas {config.betas}; a module shows what it sows (see ibau_jax.models.VGG)"
         )
     teacher_key, key = jax.random.split(key)
-    run = Run(model, evaluate, on_round)
+    run = Run(model, params, evaluate, on_round)
     run.record(variables)
     options = {"devices": devices, "progress": progress}
     teacher = tune(
@@ -127,7 +127,7 @@ def nad(
         objective=distillation(model, config, devices.axis, None), title="teacher", **options,
     )  # fmt: skip
     with run.paused():
-        about_teacher = dict(evaluate(teacher)) if evaluate is not None else {}
+        about_teacher = run.measured(teacher)
     teacher = jax.tree.map(np.asarray, teacher)  # constants of the student's program
     student = tune(
         run, model, variables, clean, config.student, key=key,

@@ -25,15 +25,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from ibau_jax import parallel, processes
-from ibau_jax.batches import check_clean, make_batches, resolve
+from ibau_jax.batches import check_clean, make_batches, resolve, shuffled
 from ibau_jax.config import IBAUConfig
 from ibau_jax.data import Dataset
-from ibau_jax.defenses.common import Run, check_positive, opened
+from ibau_jax.defenses.common import Run, check_positive
 from ibau_jax.defenses.universal import Universal, chunks, make_search
 from ibau_jax.errors import InputError
 from ibau_jax.hypergradient import Direct
 from ibau_jax.ibau import Result, make_descent
-from ibau_jax.models import Logits, Params
+from ibau_jax.models import Logits, Params, of_params, opened
 from ibau_jax.parallel import Devices
 from ibau_jax.progress import progress_bar
 
@@ -117,17 +117,15 @@ def naive(
     devices = devices or parallel.devices()
     model, variables = opened(logits, params)
 
-    def frozen(params, images):
-        return model({**variables, "params": params}, images)
-
+    frozen = of_params(model, variables)
     outer = resolve(
         config.outer, frozen, variables["params"], clean.images, num_devices=len(devices.all)
     )
-    batches, sizes = make_batches(clean, outer, devices)
     count = min(config.images, len(clean.images))
-    order_key, key = jax.random.split(key)
+    order_key, batch_key, key = jax.random.split(key, 3)
+    batches, sizes = make_batches(shuffled(clean, batch_key), outer, devices)
     rng = np.random.default_rng(np.asarray(jax.random.key_data(order_key)))
-    run = Run(model, evaluate, on_round)
+    run = Run(model, params, evaluate, on_round)
 
     optimizer = outer.outer_transform(config.rounds * len(sizes))
     with run.compiling():

@@ -16,7 +16,7 @@ import optax
 from ibau_jax import parallel
 from ibau_jax.batches import check_clean
 from ibau_jax.data import Dataset
-from ibau_jax.defenses.common import Run, check_positive, finite, opened
+from ibau_jax.defenses.common import Run, check_positive, finite
 from ibau_jax.defenses.reverse import Found, Step, Terms, label_loss, reverse_engineer
 from ibau_jax.defenses.triggers import (
     LARGE,
@@ -30,7 +30,7 @@ from ibau_jax.defenses.triggers import (
 from ibau_jax.defenses.tuning import MEASURED, SHORT, Tuning, tune
 from ibau_jax.errors import check_name
 from ibau_jax.ibau import Result
-from ibau_jax.models import Logits, Params
+from ibau_jax.models import Logits, Params, opened
 from ibau_jax.parallel import Devices
 
 
@@ -176,7 +176,7 @@ def neural_cleanse(
     devices = devices or parallel.devices()
     model, variables = opened(logits, params)
     search_key, stamp_key, tune_key = jax.random.split(key, 3)
-    run = Run(model, evaluate, on_round)
+    run = Run(model, params, evaluate, on_round)
     run.record(variables)
     found = reverse_engineer(
         run,

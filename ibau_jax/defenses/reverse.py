@@ -15,10 +15,11 @@ import optax
 from ibau_jax import parallel, processes
 from ibau_jax.batches import suits_loops
 from ibau_jax.data import Dataset
-from ibau_jax.defenses.common import Model, Run, Variables
+from ibau_jax.defenses.common import Run
 from ibau_jax.defenses.triggers import check_labels
 from ibau_jax.fitting import shuffled
 from ibau_jax.microbatch import accumulate
+from ibau_jax.models import Model, Variables
 from ibau_jax.parallel import Devices
 from ibau_jax.progress import progress_bar
 

@@ -17,7 +17,7 @@ import optax
 from ibau_jax import parallel
 from ibau_jax.batches import check_clean
 from ibau_jax.data import Dataset
-from ibau_jax.defenses.common import Model, Run, Variables, check_positive, finite, opened
+from ibau_jax.defenses.common import Run, check_positive, finite
 from ibau_jax.defenses.neural_cleanse import CostSchedule, cleansed, norms_of
 from ibau_jax.defenses.reverse import Found, Step, Terms, label_loss, reverse_engineer, stamp
 from ibau_jax.defenses.triggers import LARGE, judge, low_outliers
@@ -25,7 +25,7 @@ from ibau_jax.defenses.tuning import SHORT, Tuning
 from ibau_jax.errors import InputError, check_name
 from ibau_jax.ibau import Result
 from ibau_jax.metrics import predict
-from ibau_jax.models import Logits, Params
+from ibau_jax.models import Logits, Model, Params, Variables, opened
 from ibau_jax.parallel import Devices
 
 # (lambda 1 to 6.) The only public list, used by TrojanZoo with patterns in [0, 1], and the same
@@ -255,7 +255,7 @@ def tabor(
     devices = devices or parallel.devices()
     model, variables = opened(logits, params)
     search_key, stamp_key, tune_key = jax.random.split(key, 3)
-    run = Run(model, evaluate, on_round)
+    run = Run(model, params, evaluate, on_round)
     run.record(variables)
 
     def schedule():

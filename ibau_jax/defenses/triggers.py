@@ -12,7 +12,7 @@ Stamp = Callable[[np.ndarray], np.ndarray]
 
 # The largest share of an image that is taken for a trigger where there is nothing to compare it
 # with. On three of the authors' models and three of our own for digits, triggers that were found
-# for targets cover 0.3 to 1.6 % of the image, the smallest of the other labels' 2 to 9 %, the
+# for targets cover 0.3 to 1.6 % of the image, the smallest of the other labels' 2 to 9 %, and the
 # median 4 to 12 %.
 LARGE = 0.1
 

@@ -12,11 +12,11 @@ import optax
 from ibau_jax import parallel
 from ibau_jax.batches import check_clean
 from ibau_jax.data import Dataset
-from ibau_jax.defenses.common import Model, Run, Variables, check_positive, opened
+from ibau_jax.defenses.common import Run, check_positive
 from ibau_jax.errors import InputError, check_name
 from ibau_jax.fitting import TrainState, batches_of, cross_entropy, fit
 from ibau_jax.ibau import Result
-from ibau_jax.models import Logits, Params
+from ibau_jax.models import Logits, Model, Params, Variables, opened
 from ibau_jax.parallel import Devices
 
 
@@ -169,7 +169,7 @@ def finetune(
     clean = check_clean(logits, params, clean)
     devices = devices or parallel.devices()
     model, variables = opened(logits, params)
-    run = Run(model, evaluate, on_round)
+    run = Run(model, params, evaluate, on_round)
     run.record(variables)
     variables = tune(
         run, model, variables, clean, config, key=key, devices=devices, progress=progress
