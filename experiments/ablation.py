@@ -22,11 +22,12 @@ import tyro
 from published_models import import_model, read
 
 from ibau_jax import IBAUConfig, load, unlearn
-from ibau_jax.checkpoint import load_model
 from ibau_jax.hypergradient import CG, Direct, Neumann, NormalCG
-from ibau_jax.metrics import evaluator
-from ibau_jax.models import build, evaluation_logits
-from ibau_jax.report import write_rows
+from ibau_jax.models.files import load_model
+from ibau_jax.models.model import evaluation_logits
+from ibau_jax.models.vgg import build
+from ibau_jax.results.metrics import evaluator
+from ibau_jax.results.rows import write_rows
 
 RESULTS = Path(__file__).parent / "results" / "ablation.jsonl"
 NAMES = ("BadNets", "l2", "Trojan WM")

@@ -20,10 +20,10 @@ from pathlib import Path
 import tyro
 from published_models import import_model, read
 
-from ibau_jax import pipeline
+from ibau_jax.commands import defend
 from ibau_jax.defenses import DEFENSES
 from ibau_jax.errors import check_name
-from ibau_jax.report import read_rows, write_rows
+from ibau_jax.results.rows import read_rows, write_rows
 
 RESULTS = Path(__file__).parent / "results" / "baselines.jsonl"
 RACE = RESULTS.with_name("race.jsonl")
@@ -89,7 +89,7 @@ def run(grid: Run) -> None:
 def one(reference: Path, name: str, defense: str, seed: int) -> list[dict]:
     """The rows of all rounds of a defense on a published model; the last has its diagnostics."""
     with tempfile.TemporaryDirectory() as folder:
-        found = pipeline.defend(
+        found = defend.defend(
             import_model(reference, name, Path(folder)),
             defense,
             seed=seed,

@@ -24,13 +24,15 @@ from jax.flatten_util import ravel_pytree
 from published_models import MODELS, read
 
 from ibau_jax import IBAUConfig, load
-from ibau_jax.batches import make_batches, resolve
-from ibau_jax.checkpoint import convert_pth
 from ibau_jax.hypergradient import Direct, Neumann, NormalCG, hypergradient
-from ibau_jax.ibau import make_ascent, make_inner, make_loss, patch, pick
-from ibau_jax.models import build, evaluation_logits
-from ibau_jax.report import write_rows
-from ibau_jax.solvers import arnoldi
+from ibau_jax.hypergradient.solvers import arnoldi
+from ibau_jax.models.model import evaluation_logits
+from ibau_jax.models.torch_import import convert_pth
+from ibau_jax.models.vgg import build
+from ibau_jax.results.rows import write_rows
+from ibau_jax.unlearning.ascent import make_ascent
+from ibau_jax.unlearning.batches import make_batches, resolve
+from ibau_jax.unlearning.objective import make_inner, make_loss, patch, pick
 
 RESULTS = Path(__file__).parent / "results" / "diagnosis.jsonl"
 

@@ -21,11 +21,11 @@ import tyro
 from published_models import read
 
 from ibau_jax.attacks import ATTACKS
-from ibau_jax.checkpoint import load_model, save_model
+from ibau_jax.commands.defend import evaluate_model
 from ibau_jax.errors import check_name
 from ibau_jax.files import write_text
-from ibau_jax.pipeline import evaluate_model
-from ibau_jax.report import write_rows
+from ibau_jax.models.files import load_model, save_model
+from ibau_jax.results.rows import write_rows
 
 FOLDER = Path(__file__).parent / "zoo"
 RESULTS = Path(__file__).parent / "results" / "zoo.jsonl"

@@ -6,9 +6,9 @@ result = unlearn(logits, params, clean, key=jax.random.key(0))
 cleaned = result.params
 """
 
-from ibau_jax.config import IBAUConfig
 from ibau_jax.data import Dataset, load
 from ibau_jax.errors import InputError
-from ibau_jax.ibau import Result, unlearn
+from ibau_jax.unlearning.config import IBAUConfig
+from ibau_jax.unlearning.ibau import Result, unlearn
 
 __all__ = ["Dataset", "IBAUConfig", "InputError", "Result", "load", "unlearn"]

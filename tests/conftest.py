@@ -22,9 +22,10 @@ from hypothesis import settings
 
 from ibau_jax.attacks import Attack, Trigger, poison
 from ibau_jax.data import Dataset, load
-from ibau_jax.metrics import evaluator
-from ibau_jax.models import VGG, Classifier
-from ibau_jax.training import TrainConfig, train
+from ibau_jax.models.model import Classifier
+from ibau_jax.models.vgg import VGG
+from ibau_jax.results.metrics import evaluator
+from ibau_jax.training.train import TrainConfig, train
 
 settings.register_profile("ci", deadline=None, max_examples=8, derandomize=True)
 settings.load_profile("ci")
@@ -98,7 +99,7 @@ def random_variables(classes: int = 10, seed: int = 0) -> dict:
 def digits_model(tmp_path_factory) -> Path:
     """A model file for `digits` with random weights and the BadNets trigger."""
     from ibau_jax.attacks import make_attack
-    from ibau_jax.checkpoint import Model, save_model
+    from ibau_jax.models.files import Model, save_model
 
     path = tmp_path_factory.mktemp("model") / "random.safetensors"
     model = Model(

@@ -11,7 +11,7 @@ import pytest
 
 from ibau_jax import InputError
 from ibau_jax.data.cache import cache_folder
-from ibau_jax.data.tfds_source import dataset_folder
+from ibau_jax.data.tfds import dataset_folder
 from ibau_jax.files import atomic_path, to_json, user_path, write_text
 
 

@@ -15,13 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from ibau_jax import InputError, cli, report_html
+from ibau_jax import InputError
 from ibau_jax.attacks import Attack, Trigger
-from ibau_jax.checkpoint import FORMAT, Model, load_model, save_model
+from ibau_jax.commands import cli
+from ibau_jax.commands.defend import _attack_fields
 from ibau_jax.errors import printable
 from ibau_jax.files import to_json
-from ibau_jax.pipeline import _attack_fields
-from ibau_jax.report import ROWS, print_table, read_rows, write_rows
+from ibau_jax.models.files import FORMAT, Model, load_model, save_model
+from ibau_jax.results import report
+from ibau_jax.results.rows import ROWS, print_table, read_rows, write_rows
 
 HEADER = {
     "architecture": "vgg",
@@ -194,7 +196,7 @@ def test_names_of_attacks_at_every_door(file, name):
     console = Console(width=300, file=io.StringIO(), force_terminal=False)
     print_table([row, row], console)
     printed = console.file.getvalue()
-    page = report_html.render([row, row], None)
+    page = report.render([row, row], None)
     page.encode("utf-8")
     for text in (printed, page.partition("data:")[0]):
         assert "\x1b" not in text and "\x00" not in text and "\ud800" not in text
@@ -219,5 +221,5 @@ def test_rows_of_reports(file, rows):
     except InputError:
         return
     print_table(found, Console(width=80, file=io.StringIO()))
-    report_html.render(found, None).encode("utf-8")
+    report.render(found, None).encode("utf-8")
     json.loads(to_json(found))

@@ -9,7 +9,7 @@ from hypothesis.extra import numpy as npst
 from ibau_jax import Dataset, InputError
 from ibau_jax.attacks import Attack, Trigger, badnets_square, blend, poison
 from ibau_jax.data import check_data
-from ibau_jax.metrics import evaluator
+from ibau_jax.results.metrics import evaluator
 
 DTYPES = st.sampled_from(
     [np.float16, np.float32, np.float64, jnp.bfloat16, np.uint8, np.int64, bool, complex, object]

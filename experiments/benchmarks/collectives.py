@@ -44,10 +44,12 @@ def messages(batch_size: int) -> tuple[list[int], list[int], int]:
     import numpy as np
 
     from ibau_jax import Dataset, IBAUConfig
-    from ibau_jax.batches import make_batches, resolve
-    from ibau_jax.ibau import make_ascent, make_descent
-    from ibau_jax.models import build, evaluation_logits
-    from ibau_jax.parallel import devices
+    from ibau_jax.devices.mesh import devices
+    from ibau_jax.models.model import evaluation_logits
+    from ibau_jax.models.vgg import build
+    from ibau_jax.unlearning.ascent import make_ascent
+    from ibau_jax.unlearning.batches import make_batches, resolve
+    from ibau_jax.unlearning.ibau import make_descent
 
     on, rng = devices(), np.random.default_rng(0)
     images = rng.uniform(size=(batch_size, 32, 32, 3)).astype(np.float32)
@@ -86,7 +88,7 @@ def main(settings: Settings) -> None:
     os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
     from roofline import forward_flops
 
-    from ibau_jax.report import write_rows
+    from ibau_jax.results.rows import write_rows
 
     ascent, written, products = messages(100)
     # Normal CG writes three products and runs two of them in a loop.

@@ -22,7 +22,7 @@ import numpy as np
 import tyro
 
 from ibau_jax import IBAUConfig
-from ibau_jax.report import write_rows
+from ibau_jax.results.rows import write_rows
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -54,10 +54,11 @@ def measure(settings: Settings) -> list[dict]:
     import jax
     import jax.numpy as jnp
 
-    from ibau_jax.batches import Batch, resolve
     from ibau_jax.hypergradient import Direct, Neumann, hypergradient
-    from ibau_jax.ibau import make_inner, make_loss
-    from ibau_jax.models import build, evaluation_logits
+    from ibau_jax.models.model import evaluation_logits
+    from ibau_jax.models.vgg import build
+    from ibau_jax.unlearning.batches import Batch, resolve
+    from ibau_jax.unlearning.objective import make_inner, make_loss
 
     count = settings.images
     rng = np.random.default_rng(0)

@@ -27,10 +27,11 @@ import tyro
 
 from ibau_jax import IBAUConfig, load, unlearn
 from ibau_jax.attacks import Attack, badnets_square
-from ibau_jax.checkpoint import convert_pth
-from ibau_jax.metrics import evaluator
-from ibau_jax.models import build, evaluation_logits
-from ibau_jax.report import write_rows
+from ibau_jax.models.model import evaluation_logits
+from ibau_jax.models.torch_import import convert_pth
+from ibau_jax.models.vgg import build
+from ibau_jax.results.metrics import evaluator
+from ibau_jax.results.rows import write_rows
 
 RESULTS = Path(__file__).parents[1] / "results"
 TARGET = 8  # of the published BadNets checkpoint

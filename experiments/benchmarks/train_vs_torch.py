@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from ibau_jax.report import write_rows
+from ibau_jax.results.rows import write_rows
 
 RESULTS = Path(__file__).parents[1] / "results" / "train_vs_torch.jsonl"
 
@@ -40,9 +40,10 @@ def ours(
     import jax
     import jax.numpy as jnp
 
-    from ibau_jax.fitting import Rows, TrainState, cross_entropy, make_step
-    from ibau_jax.models import Classifier, build
-    from ibau_jax.training import TrainConfig
+    from ibau_jax.models.model import Classifier
+    from ibau_jax.models.vgg import build
+    from ibau_jax.training.loop import Rows, TrainState, cross_entropy, make_step
+    from ibau_jax.training.train import TrainConfig
 
     module, optimizer = build("vgg", 10, conv=conv), TrainConfig.paper().transform(1)
     variables = jax.jit(module.init)(jax.random.key(0), images[:1])

@@ -1,8 +1,6 @@
 """Backdoor attacks: a trigger, a label rule, and the poisoning of a data set."""
 
-from ibau_jax.attacks.catalogue import ATTACKS, make_attack, make_trigger
-from ibau_jax.attacks.optimised import Network
-from ibau_jax.attacks.poison import (
+from ibau_jax.attacks.attack import (
     SCENARIOS,
     Attack,
     check_ratio,
@@ -11,7 +9,9 @@ from ibau_jax.attacks.poison import (
     poison_all,
     scenario_of,
 )
-from ibau_jax.attacks.triggers import (
+from ibau_jax.attacks.catalogue import ATTACKS, make_attack, make_trigger
+from ibau_jax.attacks.optimised import Network
+from ibau_jax.attacks.trigger import (
     BLEND,
     RULES,
     Trigger,

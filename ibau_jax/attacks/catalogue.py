@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from ibau_jax.attacks import masks
+from ibau_jax.attacks.attack import Attack, check_target
 from ibau_jax.attacks.optimised import Network, l0_trigger, l2_trigger, trojan_trigger
-from ibau_jax.attacks.poison import Attack, check_target
 from ibau_jax.attacks.smooth import smooth_trigger
-from ibau_jax.attacks.triggers import Trigger, badnets_square, blend
+from ibau_jax.attacks.trigger import Trigger, badnets_square, blend
 from ibau_jax.errors import InputError, check_name
 
 

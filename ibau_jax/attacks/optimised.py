@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from ibau_jax.attacks.triggers import Trigger
+from ibau_jax.attacks.trigger import Trigger
 from ibau_jax.errors import InputError, check_name
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from jax import lax
 
 from ibau_jax.attacks.optimised import Network
-from ibau_jax.attacks.triggers import Trigger
+from ibau_jax.attacks.trigger import Trigger
 from ibau_jax.errors import InputError
 
 LIMIT = 0.2  # largest value of the trigger

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ibau_jax.data import digits, tfds_source
+from ibau_jax.data import digits, tfds
 from ibau_jax.data.splits import split_indices
 from ibau_jax.errors import check_name
 
@@ -68,7 +68,7 @@ DATASETS: dict[str, DataInfo] = {
             {"train": 50_000, "test": 10_000},
             "test[:5000]",
             "test[5000:]",
-            lambda split, data_dir: tfds_source.read("cifar10", split, data_dir),
+            lambda split, data_dir: tfds.read("cifar10", split, data_dir),
         ),
         DataInfo(
             "gtsrb",
@@ -76,7 +76,7 @@ DATASETS: dict[str, DataInfo] = {
             {"train": 39_209, "test": 12_630},
             "test[:5000]",
             "test[5000:]",
-            lambda split, data_dir: tfds_source.read("gtsrb", split, data_dir),
+            lambda split, data_dir: tfds.read("gtsrb", split, data_dir),
         ),
     )
 }

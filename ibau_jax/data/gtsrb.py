@@ -16,7 +16,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from ibau_jax.data.tfds_source import resize
+from ibau_jax.data.images import resize
 
 SITE = "https://sid.erda.dk/public/archives/daaeac0d7ce1152aea9b61d9f1e19370"
 ARCHIVES = {

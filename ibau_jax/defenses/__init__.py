@@ -4,19 +4,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from ibau_jax.config import PRESETS
-from ibau_jax.defenses import (
-    deepinspect,
-    dp_sgd,
-    fine_pruning,
-    nad,
-    naive,
-    neural_cleanse,
-    tabor,
-    tuning,
-)
+from ibau_jax.defenses import dp_sgd, fine_pruning, finetune, nad, naive
+from ibau_jax.defenses.inversion import deepinspect, neural_cleanse, tabor
 from ibau_jax.errors import check_name
-from ibau_jax.ibau import Result, unlearn
+from ibau_jax.unlearning.config import PRESETS
+from ibau_jax.unlearning.ibau import Result, unlearn
 
 
 class Defense(NamedTuple):
@@ -24,7 +16,7 @@ class Defense(NamedTuple):
 
     Attributes:
       run: `run(model, variables, clean, config=, key=, evaluate=, on_round=, progress=,
-        devices=)`, with a `models.Classifier` and its variables, or a plain function.
+        devices=)`, with a `models.model.Classifier` and its variables, or a plain function.
       presets: name -> function of the data set's name -> config; the first is the default.
       train_set: it is also given the training set (poisoned as it is), as `train_set=`.
     """
@@ -36,7 +28,7 @@ class Defense(NamedTuple):
 
 DEFENSES: dict[str, Defense] = {
     "ibau": Defense(unlearn, PRESETS),
-    "finetune": Defense(tuning.finetune, tuning.PRESETS),
+    "finetune": Defense(finetune.finetune, finetune.PRESETS),
     "neural-cleanse": Defense(neural_cleanse.neural_cleanse, neural_cleanse.PRESETS),
     "deepinspect": Defense(deepinspect.deepinspect, deepinspect.PRESETS),
     "tabor": Defense(tabor.tabor, tabor.PRESETS),
@@ -58,7 +50,7 @@ def find(name: str, preset: str | None, dataset: str) -> tuple[Defense, str, Any
 
 def with_rounds(config: Any, rounds: int) -> Any:
     """A config whose history has so many rounds (of Fine-Pruning: after the pruned model)."""
-    if isinstance(config, tuning.Tuning):
+    if isinstance(config, finetune.Tuning):
         return replace(config, epochs=rounds, steps=0)  # no more than asked for
     for name in ("rounds", "epochs"):
         if hasattr(config, name):

@@ -16,18 +16,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ibau_jax import parallel, processes
-from ibau_jax.batches import check_clean
 from ibau_jax.data import Dataset
-from ibau_jax.defenses.common import Run, check_positive, finite, needs_module
+from ibau_jax.defenses.run import Run, check_positive, finite, needs_module
+from ibau_jax.devices import mesh, processes
+from ibau_jax.devices.mesh import Devices
+from ibau_jax.devices.microbatch import accumulate
 from ibau_jax.errors import InputError
-from ibau_jax.fitting import Rows, batches_of, shuffled
-from ibau_jax.ibau import Result
-from ibau_jax.microbatch import accumulate
-from ibau_jax.models import Classifier, Logits, Params, Variables, opened
-from ibau_jax.parallel import Devices
+from ibau_jax.hypergradient.solvers import all_finite
+from ibau_jax.models.model import Classifier, Logits, Params, Variables, opened
 from ibau_jax.progress import progress_bar
-from ibau_jax.solvers import all_finite
+from ibau_jax.training.loop import Rows, batches_of, shuffled
+from ibau_jax.unlearning.batches import check_clean
+from ibau_jax.unlearning.ibau import Result
 
 DELTA = 1e-5  # of the privacy that is reported, as in the code of Du et al.
 
@@ -115,7 +115,7 @@ def dp_sgd(
     check_clean(logits, params, clean)
     _, given = opened(logits, params)
     data = _checked(logits, params, train_set)
-    devices = devices or parallel.devices()
+    devices = devices or mesh.devices()
     run = Run(model, params, evaluate, on_round)
     run.record(given)
 

@@ -14,15 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ibau_jax import parallel
-from ibau_jax.batches import check_clean
 from ibau_jax.data import Dataset
-from ibau_jax.defenses.common import Run, check_positive, needs_module
-from ibau_jax.defenses.tuning import Tuning, tune
+from ibau_jax.defenses.finetune import Tuning, tune
+from ibau_jax.defenses.run import Run, check_positive, needs_module
+from ibau_jax.devices import mesh
+from ibau_jax.devices.mesh import Devices
 from ibau_jax.errors import InputError
-from ibau_jax.ibau import Result
-from ibau_jax.models import Classifier, Logits, Params, opened
-from ibau_jax.parallel import Devices
+from ibau_jax.models.model import Classifier, Logits, Params, opened
+from ibau_jax.unlearning.batches import check_clean
+from ibau_jax.unlearning.ibau import Result
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def fine_pruning(
       InputError: the model has no convolution to prune, or a part of the clean set is empty.
     """
     clean = check_clean(logits, params, clean)
-    devices = devices or parallel.devices()
+    devices = devices or mesh.devices()
     model, variables = opened(logits, params)
     model = needs_module(model, "fine-pruning", "cuts channels of the last convolution")
     count = round(config.part * len(clean.labels))

@@ -12,16 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ibau_jax import parallel
-from ibau_jax.batches import check_clean
 from ibau_jax.data import Dataset
-from ibau_jax.defenses.common import Run, needs_module
-from ibau_jax.defenses.tuning import MEASURED, Tuning, tune
+from ibau_jax.defenses.finetune import MEASURED, Tuning, tune
+from ibau_jax.defenses.run import Run, needs_module
+from ibau_jax.devices import mesh
+from ibau_jax.devices.mesh import Devices
 from ibau_jax.errors import InputError
-from ibau_jax.fitting import batch_mean
-from ibau_jax.ibau import Result, cross_entropy
-from ibau_jax.models import Classifier, Logits, Params, opened
-from ibau_jax.parallel import Devices
+from ibau_jax.models.model import Classifier, Logits, Params, opened
+from ibau_jax.training.loop import batch_mean
+from ibau_jax.unlearning.batches import check_clean
+from ibau_jax.unlearning.ibau import Result
+from ibau_jax.unlearning.objective import cross_entropy
 
 SGD = Tuning(batch_size=64, rate=0.1, nesterov=True, decay=1e-4)
 
@@ -109,7 +110,7 @@ def nad(
       InputError: the model shows other than one map for each of `betas`.
     """
     clean = check_clean(logits, params, clean)
-    devices = devices or parallel.devices()
+    devices = devices or mesh.devices()
     model, variables = opened(logits, params)
     model = needs_module(model, "nad", "compares attention maps")
     shown = jax.eval_shape(lambda v, x: model.look(v, x)[1], variables, clean.images[:1])
@@ -137,7 +138,7 @@ def nad(
 
 
 def distillation(model: Classifier, config: NADConfig, axis: str | None, teacher: Any | None):
-    """The objective (see `fitting.make_step`): cross-entropy on augmented images, and attention.
+    """The objective (see `training.loop`): cross-entropy on augmented images, and attention.
 
     L = CE + sum_l beta_l * mean((A_l(student) - A_l(teacher))^2), the mean over images and
     places. The teacher (its variables; None: cross-entropy alone) is in evaluation mode.
@@ -196,4 +197,4 @@ def augment(
             image = jnp.where(hole[..., None], 0, image)
         return image
 
-    return jax.vmap(one)(parallel.numbers(len(images), axis), images)
+    return jax.vmap(one)(mesh.numbers(len(images), axis), images)

@@ -1,7 +1,7 @@
 """Adversarial training with universal perturbations: the paper's "naive" method (section 4).
 
     for each round:
-        v = a universal perturbation of some clean images           # see universal.py
+        v = a universal perturbation of some clean images           # see deepfool.py
         for each clean batch:
             params <- params - rate * d2 H(v, params)                # H: equation (1)
 
@@ -24,18 +24,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ibau_jax import parallel, processes
-from ibau_jax.batches import check_clean, make_batches, resolve, shuffled
-from ibau_jax.config import IBAUConfig
 from ibau_jax.data import Dataset
-from ibau_jax.defenses.common import Run, check_positive
-from ibau_jax.defenses.universal import Universal, chunks, make_search
+from ibau_jax.defenses.deepfool import Universal, chunks, make_search
+from ibau_jax.defenses.run import Run, check_positive
+from ibau_jax.devices import mesh, processes
+from ibau_jax.devices.mesh import Devices
 from ibau_jax.errors import InputError
 from ibau_jax.hypergradient import Direct
-from ibau_jax.ibau import Result, make_descent
-from ibau_jax.models import Logits, Params, of_params, opened
-from ibau_jax.parallel import Devices
+from ibau_jax.models.model import Logits, Params, of_params, opened
 from ibau_jax.progress import progress_bar
+from ibau_jax.unlearning.batches import check_clean, make_batches, resolve, shuffled
+from ibau_jax.unlearning.config import IBAUConfig
+from ibau_jax.unlearning.ibau import Result, make_descent
 
 
 @dataclass(frozen=True)
@@ -104,17 +104,17 @@ def naive(
 
     Arguments and result are those of `ibau_jax.unlearn`. Batch statistics and dropout are as in
     evaluation, also of a `Classifier`. The perturbation is computed on one device of each
-    process, the training is spread; see `universal.make_search` for what rounding can do.
+    process, the training is spread; see `deepfool.make_search` for what rounding can do.
 
     Records of a round: `fooling_rate`, `unconverged` and `passes` of the perturbation (see
-    `universal.Found`), its `delta_norm` in the norm of its ball, and `loss`, the mean over the
+    `deepfool.Found`), its `delta_norm` in the norm of its ball, and `loss`, the mean over the
     pass. `deltas` are the perturbations.
 
     Raises:
       InputError: as `unlearn`.
     """
     clean = check_clean(logits, params, clean)
-    devices = devices or parallel.devices()
+    devices = devices or mesh.devices()
     model, variables = opened(logits, params)
 
     frozen = of_params(model, variables)

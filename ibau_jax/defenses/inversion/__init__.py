@@ -1,0 +1,1 @@
+"""Defenses that reconstruct triggers, and unlearn those that come too easily."""

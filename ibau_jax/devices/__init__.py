@@ -1,0 +1,1 @@
+"""Devices, processes and microbatches: the one place that knows what computes where."""

@@ -1,0 +1,149 @@
+"""What every defense is given: a model, and its variables in one form."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Params = Any
+Variables = dict[str, Any]
+Logits = Callable[[Params, jax.Array], jax.Array]
+
+
+def evaluation_logits(module: nn.Module, variables: Mapping[str, Any]) -> Logits:
+    """The pure function `logits(params, images)` in evaluation mode.
+
+    Dropout is off and the running statistics of batch norm are fixed at those of
+    `variables`; scale and offset of batch norm are among `params` (`variables["params"]`).
+    """
+    return of_params(Classifier(module), variables)
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A flax module as `logits(variables, images)` that can also be trained and looked into.
+
+    For defenses that train with batch statistics and dropout, or need what is inside. What
+    they call parameters are then the whole `variables` (`params` and `batch_stats`).
+
+    Attributes:
+      module: a `VGG`, or another flax module that takes the same arguments and has the same
+        collections; its maps are what it sows as intermediates (it may sow nothing).
+    """
+
+    module: Any
+
+    def __call__(self, variables: Params, images: jax.Array) -> jax.Array:
+        """[N, H, W, C] in [0, 1] -> [N, num_classes], in evaluation mode."""
+        return self.module.apply(variables, images)
+
+    def look(self, variables: Params, images: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+        """Logits and maps in evaluation mode; a map is the output of a block before pooling."""
+        logits, found = self.module.apply(variables, images, mutable=["intermediates"])
+        return logits, _in_order(found)
+
+    def train(
+        self,
+        variables: Params,
+        images: jax.Array,
+        key: jax.Array,
+        weights: jax.Array | None = None,
+        axis: str | None = None,
+    ) -> tuple[jax.Array, list[jax.Array], Params]:
+        """Logits, maps, and the other collections updated, in training mode; see `VGG`."""
+        logits, found = self.module.clone(axis=axis).apply(
+            variables,
+            images,
+            train=True,
+            weights=weights,
+            rngs={"dropout": key},
+            mutable=["batch_stats", "intermediates"],
+        )
+        maps = _in_order(found)
+        return (
+            logits,
+            maps,
+            {name: value for name, value in found.items() if name != "intermediates"},
+        )
+
+
+def _in_order(found: Mapping[str, Any]) -> list[jax.Array]:
+    maps = found.get("intermediates", {})
+    return [maps[name][0] for name in sorted(maps)]
+
+
+class Frozen(NamedTuple):
+    """A plain `logits(params, images)` with the methods of a `Classifier`.
+
+    It is trained in evaluation mode, and there is nothing inside to look at.
+    """
+
+    logits: Logits
+
+    def __call__(self, variables: Variables, images: jax.Array) -> jax.Array:
+        return self.logits(variables["params"], images)
+
+    def look(self, variables: Variables, images: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+        return self(variables, images), []
+
+    def train(self, variables: Variables, images: jax.Array, key, weights=None, axis=None):
+        del key, weights, axis
+        return self(variables, images), [], {}
+
+
+Model = Classifier | Frozen
+
+
+def opened(logits: Logits, params: Params) -> tuple[Model, Variables]:
+    """The model and its variables, whichever form they were given in.
+
+    Of a `Classifier`, `params` are the whole variables: the collection `params` is trained, the
+    others are state. Of a plain function all is trained.
+
+    Floats are brought to the precision that is computed in, since the small steps of a training
+    are lost in 16 bits; a plain function still sees the precisions it was given.
+
+    Returns:
+      The model, and its variables in float32 (float64 where JAX is set to it and they are).
+    """
+    if isinstance(logits, Classifier):
+        return logits, _widened(dict(params))
+    kinds = jax.tree.map(jnp.result_type, params)
+
+    def as_given(widened: Params, images: jax.Array) -> jax.Array:
+        return logits(jax.tree.map(lambda a, kind: a.astype(kind), widened, kinds), images)
+
+    return Frozen(as_given), {"params": _widened(params)}
+
+
+def closed(model: Model, variables: Variables, given: Params) -> Params:
+    """The variables in the form, and each leaf in the dtype, of the `given` parameters."""
+    params = variables if isinstance(model, Classifier) else variables["params"]
+    return jax.tree.map(_in_dtype_of, params, given)
+
+
+def of_params(model: Model, variables: Mapping[str, Any]) -> Logits:
+    """`logits(params, images)` in evaluation mode, the other variables fixed."""
+    fixed = {name: value for name, value in variables.items() if name != "params"}
+    return lambda params, images: model({"params": params, **fixed}, images)
+
+
+def _widened(tree: Any) -> Any:
+    def widen(leaf):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            return leaf  # a counter, for example, among the state
+        return jnp.asarray(leaf, jnp.promote_types(jnp.float32, jnp.result_type(leaf)))
+
+    return jax.tree.map(widen, tree)
+
+
+def _in_dtype_of(leaf: Any, like: Any) -> Any:
+    kind = np.asarray(like).dtype
+    if leaf.dtype == kind:
+        return leaf
+    # float64 comes back as NumPy's where JAX has none
+    return np.asarray(leaf, kind) if kind == np.float64 else jnp.asarray(leaf, kind)

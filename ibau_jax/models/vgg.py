@@ -1,0 +1,181 @@
+"""The paper's simplified VGG (Table 7) and two adapters: `logits(params, images)`, and more.
+
+Two facts decide the form of the code on a CPU (design notes in README, "Speed"):
+
+1. XLA's convolutions are slow there, and worse in loops: see `convolution.py`.
+2. In evaluation mode batch norm is an affine map, which is folded into the convolution: the
+   gradients of its scale and offset then cost a few sums over the kernel instead of sums over
+   every activation.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ibau_jax.devices import mesh
+from ibau_jax.errors import check_name
+from ibau_jax.models.convolution import convolve, convolve_in_parts
+
+
+class VGG(nn.Module):
+    """Three blocks of two (convolution, batch norm, ELU), max pooling and dropout; one dense layer.
+
+    Attributes:
+      num_classes: size of the output.
+      conv: `lax` (`lax.conv_general_dilated`, right for GPU and TPU), `patches` (matrix
+        products, right for a CPU), or `auto`, which asks the backend. The parameters are
+        the same.
+      axis: name of the mapped axis (`jax.pmap`) that a training batch is spread over.
+    """
+
+    num_classes: int
+    conv: str = "auto"
+    axis: str | None = None
+    widths: tuple[int, ...] = (32, 64, 128)
+    dropout: tuple[float, ...] = (0.3, 0.4, 0.4)
+
+    @nn.compact
+    def __call__(
+        self,
+        images: jax.Array,
+        train: bool = False,
+        weights: jax.Array | None = None,
+        features: bool = False,
+    ) -> jax.Array:
+        """images [N, 32, 32, 3] in [0, 1] -> logits [N, num_classes].
+
+        With `features`, what the dense layer reads: [N, 2048].
+
+        With `train`, batch statistics are used and collected, and dropout needs an rng; both
+        are those of the whole batch on one device. There `weights` [N] tells the rows that
+        count (1 / images in the batch) from padding (0); None: all count.
+        """
+        x = images
+        for i, (width, rate) in enumerate(zip(self.widths, self.dropout, strict=True)):
+            for j in (1, 2):
+                layer = ConvNormELU(width, self.conv, self.axis, name=f"conv{2 * i + j}")
+                x = layer(x, train, weights)
+            self.sow("intermediates", f"block{i + 1}", x)  # costs nothing unless they are asked for
+            x = max_pool(x)
+            x = Dropout(rate, self.axis)(x, train)
+        x = x.reshape(len(x), -1)
+        if features:
+            return x
+        dtype = jnp.result_type(float)  # float64 where JAX is set to it, as the other parameters
+        return nn.Dense(self.num_classes, param_dtype=dtype, name="classifier")(x)
+
+
+class ConvNormELU(nn.Module):
+    """Convolution 3x3 with bias, batch norm (eps 1e-5, momentum 0.9), ELU.
+
+    Running variances are unbiased, as PyTorch keeps them (flax's are not), so that imported
+    and trained models mean the same.
+    """
+
+    features: int
+    conv: str = "auto"
+    axis: str | None = None
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, train: bool = False, weights: jax.Array | None = None
+    ) -> jax.Array:
+        shape = (3, 3, x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.he_uniform(), shape)
+        bias = self.param("bias", nn.initializers.zeros, self.features)
+        scale = self.param("scale", nn.initializers.ones, self.features)
+        offset = self.param("offset", nn.initializers.zeros, self.features)
+        mean = self.variable("batch_stats", "mean", jnp.zeros, self.features)
+        var = self.variable("batch_stats", "var", jnp.ones, self.features)
+
+        if not train:
+            gain = scale * lax.rsqrt(var.value + 1e-5)
+            y = convolve(x, kernel * gain, self.conv)
+            return elu(y + ((bias - mean.value) * gain + offset))
+
+        # Without the bias: batch norm takes it out again. Its gradient is then 0 and not the
+        # rounding error of 0, of which Adam would make steps of full size.
+        y = convolve_in_parts(x, kernel, self.conv)
+        batch_mean = self._mean(y, weights)
+        batch_var = self._mean(jnp.square(y - batch_mean), weights)
+        if not self.is_initializing():
+            rows = len(y) if weights is None else jnp.sum(weights > 0)
+            count = mesh.total(rows, self.axis) * (y.size // (len(y) * self.features))
+            unbiased = batch_var * (count / jnp.maximum(count - 1, 1)).astype(y.dtype)
+            mean.value = 0.9 * mean.value + 0.1 * (batch_mean + bias)
+            var.value = 0.9 * var.value + 0.1 * unbiased
+        return elu((y - batch_mean) * (scale * lax.rsqrt(batch_var + 1e-5)) + offset)
+
+    def _mean(self, y, weights):
+        """Over all images of the batch, on all devices, and all places: [N, H, W, C] -> [C]."""
+        if weights is None:
+            return mesh.total(y.mean((0, 1, 2)), self.axis) / mesh.width(self.axis)
+        return mesh.total(jnp.tensordot(weights, y.mean((1, 2)), 1), self.axis)
+
+
+class Dropout(nn.Module):
+    """Dropout whose mask is the same however many devices the batch is spread over."""
+
+    rate: float
+    axis: str | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        if not train or not self.rate:
+            return x
+        whole = (len(x) * mesh.width(self.axis), *x.shape[1:])
+        keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.rate, whole)
+        return jnp.where(keep[mesh.numbers(len(x), self.axis)], x / (1 - self.rate), 0)
+
+
+def max_pool(x: jax.Array) -> jax.Array:
+    """2x2 max pooling [N, H, W, C] -> [N, H/2, W/2, C]; equal values give the first the gradient.
+
+    That is PyTorch's rule and flax's. Sharing the gradient among equal values moves the first
+    step of the inner ascent by 3.5 % on real images.
+    """
+    n, h, w, c = x.shape
+    pairs = x.reshape(n, h // 2, 2, w // 2, 2, c)
+    left, right = pairs[:, :, :, :, 0], pairs[:, :, :, :, 1]
+    columns = jnp.where(left >= right, left, right)
+    upper, lower = columns[:, :, 0], columns[:, :, 1]
+    return jnp.where(upper >= lower, upper, lower)
+
+
+@jax.custom_jvp
+def elu(x: jax.Array) -> jax.Array:
+    """ELU with alpha 1. Its derivatives are written with its value, so `exp` is computed once."""
+    return _elu_and_slope(x)[0]
+
+
+@elu.defjvp
+def _elu_jvp(primals, tangents):
+    y, slope = _elu_and_slope(*primals)
+    return y, tangents[0] * slope
+
+
+# Both from one function, so that a linearised gradient (a product with a Hessian) keeps one
+# array for the first and the second derivative, not three.
+@jax.custom_jvp
+def _elu_and_slope(x):
+    y = jnp.where(x > 0, x, jnp.expm1(jnp.minimum(x, 0)))
+    return y, jnp.minimum(y, 0) + 1
+
+
+@_elu_and_slope.defjvp
+def _elu_and_slope_jvp(primals, tangents):
+    y, slope = _elu_and_slope(*primals)
+    moved = tangents[0] * slope
+    return (y, slope), (moved, jnp.where(y < 0, moved, 0))
+
+
+ARCHITECTURES: dict[str, type[VGG]] = {"vgg": VGG}
+
+
+def build(architecture: str, num_classes: int, **settings: Any) -> VGG:
+    """A module by name; an unknown name raises and tells the nearest."""
+    check_name("architecture", architecture, ARCHITECTURES)
+    return ARCHITECTURES[architecture](num_classes, **settings)

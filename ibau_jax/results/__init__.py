@@ -1,0 +1,1 @@
+"""Results: metrics, rows, tables and the report."""

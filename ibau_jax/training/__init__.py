@@ -1,0 +1,1 @@
+"""Training: the loop, the training of a (poisoned) model, and its states on disk."""

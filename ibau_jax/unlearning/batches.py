@@ -1,0 +1,191 @@
+"""The clean set as a stack of equal batches on the device, checked first."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ibau_jax.data import Dataset, check_data, check_labels
+from ibau_jax.devices import mesh
+from ibau_jax.devices.mesh import Devices
+from ibau_jax.errors import InputError
+from ibau_jax.models.model import Classifier, Logits, Params
+from ibau_jax.unlearning.config import IBAUConfig
+
+
+class Batch(NamedTuple):
+    """One batch, or a stack of batches with one more axis in front.
+
+    Attributes:
+      images: [B, H, W, C]; rows of padding repeat an image and have weight 0.
+      labels: int32 [B].
+      weights: [B], adding up to 1 over the real rows.
+      patched: [B], 1 where the image carries delta.
+      size: int32 scalar, images in the whole batch, over all devices; None: one device has all.
+    """
+
+    images: Any
+    labels: Any
+    weights: Any
+    patched: Any
+    size: Any = None
+
+
+def make_batches(
+    clean: Dataset, config: IBAUConfig, on: Devices | None = None
+) -> tuple[Batch, np.ndarray]:
+    """Cut a clean set, in its order, into batches; the last one may be smaller.
+
+    (`shuffled` brings it into an order drawn at random: a set that is sorted by class, as a
+    folder of images is, would make batches of one class.)
+
+    All have one shape (so everything compiles once): what is missing is filled up with rows
+    of weight 0, which count nowhere.
+
+    Args:
+      config: from `resolve`.
+      on: spread the rows of each batch over these devices; None: leave them where JAX puts
+        arrays.
+
+    Returns:
+      The stack, and the number of real images in each batch.
+    """
+    count, real = len(clean.labels), config.batch_size
+    assert real is not None, "the config is resolved first"
+    starts = np.arange(0, count, real)
+    sizes = np.minimum(real, count - starts)
+    shares = 1 if on is None else len(on.all)
+    rows = _multiple(-(-real // shares), config.rows_multiple)
+
+    def rows_of(device: int) -> Batch:
+        row = np.arange(rows) if on is None else on.numbers(device, rows)
+        index = starts[:, None] + np.minimum(row, sizes[:, None] - 1)
+        weights = (row < sizes[:, None]) / sizes[:, None]
+        return Batch(
+            images=clean.images[index],
+            labels=clean.labels[index],
+            weights=weights.astype(clean.images.dtype),
+            patched=np.zeros(index.shape, clean.images.dtype),
+            size=sizes.astype(np.int32),
+        )
+
+    return (jax.tree.map(jnp.asarray, rows_of(0)) if on is None else on.share(rows_of)), sizes
+
+
+def shuffled(clean: Dataset, key: jax.Array) -> Dataset:
+    """The same images and labels in an order drawn from `key`."""
+    order = np.asarray(jax.random.permutation(key, len(clean.labels)))
+    return Dataset(clean.images[order], clean.labels[order])
+
+
+def first_rows(batch: Batch, count: int | None, multiple: int, axis: str | None = None) -> Batch:
+    """The first `count` images of a batch, weights adding up to 1 again; None: all.
+
+    On each device a multiple of `multiple` rows.
+    """
+    if count is None:
+        return batch
+    rows = _multiple(-(-count // mesh.width(axis)), multiple)
+    batch = jax.tree.map(lambda a: a[:rows] if a.ndim else a, batch)
+    size = jnp.minimum(count, images_in(batch))
+    real = mesh.numbers(len(batch.weights), axis) < size
+    return batch._replace(weights=(real / size).astype(batch.weights.dtype), size=size)
+
+
+def images_in(batch: Batch) -> jax.Array:
+    """How many images a batch has, over all devices."""
+    return jnp.sum(batch.weights > 0) if batch.size is None else batch.size
+
+
+def _multiple(count: int, of: int) -> int:
+    return -(-count // of) * of
+
+
+def resolve(
+    config: IBAUConfig, logits: Logits, params: Params, images: Any, num_devices: int = 1
+) -> IBAUConfig:
+    """Settle what `config` leaves open: batch size, rounds and microbatch, for this clean set.
+
+    On a CPU about ten images at a time stay in the cache; but a model with `lax.conv` must not run
+    inside a loop there (XLA's derivatives of convolutions in loops are many times slower), and
+    an accelerator wants the whole batch.
+    """
+    count = len(images)
+    batch_size = images_a_batch(config, count)
+    rounds = config.rounds or max(2, -(-80 // -(-count // batch_size)))
+    microbatch = config.microbatch
+    if microbatch == "auto":
+        share = -(-batch_size // num_devices)
+        loops = suits_loops(logits, params, images)
+        microbatch = -(-share // -(-share // 10)) if loops else None
+    return replace(config, batch_size=batch_size, rounds=rounds, microbatch=microbatch)
+
+
+def suits_loops(logits: Logits, params: Params, images: Any) -> bool:
+    """Is a model best differentiated a few images at a time, in a loop? See `resolve`."""
+    program = str(jax.make_jaxpr(logits)(params, images[:1]))
+    return jax.default_backend() == "cpu" and "conv_general_dilated" not in program
+
+
+def images_a_batch(config: IBAUConfig, count: int) -> int:
+    """The batch size for a clean set of `count` images."""
+    return min(config.batch_size or max(10, min(100, count // 10)), count)
+
+
+def check_clean(logits: Logits, params: Params, clean: Dataset) -> Dataset:
+    """The clean set as arrays, after checking it and the parameters against the model.
+
+    Raises:
+      InputError: says what was expected, what was found and what to do.
+    """
+    images, labels = clean = check_data(clean)
+    check_params(logits, params)
+    try:
+        out = jax.eval_shape(logits, params, jax.ShapeDtypeStruct(images[:1].shape, images.dtype))
+    except Exception as error:  # whatever the user's own function raises
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise InputError(
+            f"the model refuses images of shape {images[:1].shape}: {reason}"
+        ) from error
+    if getattr(out, "ndim", 0) != 2 or out.shape[0] != 1:
+        raise InputError(
+            f"logits(params, images) gives {out} for one image: expected an array [1, classes]"
+        )
+    check_labels(labels, out.shape[1])
+    return clean
+
+
+def check_params(logits: Logits, params: Params) -> None:
+    """Raise `InputError` unless `params` are what can be trained, in the form that belongs to
+    `logits`: the variables of a `Classifier`, or the parameters of a plain function."""
+    trained = params
+    if isinstance(logits, Classifier):
+        if not isinstance(params, Mapping) or "params" not in params:
+            found = sorted(params) if isinstance(params, Mapping) else type(params).__name__
+            raise InputError(
+                f"the variables of a Classifier have no collection 'params' (found {found}): give "
+                "all that module.init returns, {'params': ..., 'batch_stats': ...}"
+            )
+        trained = params["params"]
+    elif isinstance(params, Mapping) and "batch_stats" in params:
+        # They would be trained like weights, and no one would notice.
+        raise InputError(
+            "the parameters of a plain function hold 'batch_stats', which are no weights: give "
+            "Classifier(module) with the variables, or evaluation_logits(module, variables) with "
+            "variables['params'] (both in ibau_jax.models)"
+        )
+    if not jax.tree.leaves(trained):
+        raise InputError("the model has no parameters: expected at least one array to train")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(trained):
+        name = jax.tree_util.keystr(path)
+        if not hasattr(leaf, "dtype") or not jnp.issubdtype(leaf.dtype, jnp.floating):
+            found = getattr(leaf, "dtype", type(leaf).__name__)
+            raise InputError(
+                f"the parameter {name} is {found}: expected an array of floating point; put what "
+                "is not trained into the function"
+            )
+        if not bool(jnp.isfinite(leaf).all()):
+            raise InputError(f"the parameter {name} holds NaN or infinite values")
