@@ -15,6 +15,7 @@ from ibau_jax import Dataset, InputError
 from ibau_jax.defenses.deepfool import Universal, chunks, deepfool, make_search
 from ibau_jax.defenses.naive import PRESETS, Naive, naive
 from ibau_jax.models.model import Classifier, evaluation_logits
+from ibau_jax.unlearning.batches import shuffled
 
 KEY = jax.random.key(0)
 SMALL = Naive(rounds=2, images=16, batch_size=8)
@@ -190,10 +191,11 @@ def test_a_round_is_a_pass_of_adam_on_patched_clipped_images():
     optimizer = optax.adam(0.05)
     expected, state, losses = params, optimizer.init(params), []
     assert (data.images + result.deltas[0]).max() > 1
+    clean = shuffled(data, jax.random.split(KEY, 3)[1])  # the order of the batches
     for i in range(0, 24, 8):
-        x = np.clip(data.images[i : i + 8] + result.deltas[0], 0, 1)
+        x = np.clip(clean.images[i : i + 8] + result.deltas[0], 0, 1)
 
-        def loss(p, x=x, y=data.labels[i : i + 8]):
+        def loss(p, x=x, y=clean.labels[i : i + 8]):
             return -jnp.mean(jax.nn.log_softmax(logits(p, x))[np.arange(8), y])
 
         value, gradient = jax.value_and_grad(loss)(expected)
