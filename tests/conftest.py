@@ -2,6 +2,8 @@
 
 import atexit
 import functools
+import gc
+import itertools
 import os
 import shutil
 import tempfile
@@ -30,11 +32,26 @@ from ibau_jax.training.train import TrainConfig, train
 settings.register_profile("ci", deadline=None, max_examples=8, derandomize=True)
 settings.load_profile("ci")
 
+_tests = itertools.count(1)
+
 
 @pytest.fixture(scope="session", autouse=True)
 def private_cache(tmp_path_factory):
     """Tests neither use nor fill the user's cache of decoded data (`.ci/run` sets its own)."""
     os.environ.setdefault("IBAU_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(autouse=True)
+def room_for_programs():
+    """XLA maps each compiled program into memory, and Linux allows a process 65530 maps.
+
+    A worker that runs into the limit dies of a segmentation fault, in whichever test it is.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if next(_tests) % 10 == 0 and maps.is_file() and maps.read_bytes().count(b"\n") > 25_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
