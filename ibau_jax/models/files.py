@@ -1,4 +1,4 @@
-"""Models on disk: safetensors with metadata, and the import of published PyTorch files.
+"""Models on disk: safetensors with metadata (`torch_import` reads PyTorch files).
 
 One file holds the weights, what they mean, and the trigger, so that the attack success rate
 can be measured anywhere with nothing else.
@@ -119,7 +119,7 @@ def load_model(path: str | Path) -> Model:
       InputError: the file is missing, truncated, of another kind, does not fit its
         architecture, or holds values that are not finite.
     """
-    path = _existing(path)
+    path = existing(path)
     where = str(path)
     try:
         with safetensors.safe_open(path, framework="np") as file:
@@ -127,7 +127,7 @@ def load_model(path: str | Path) -> Model:
             header = None
             if FORMAT in metadata:
                 header = _read_header(metadata[FORMAT], where)
-            tensors = _read_tensors(file, where)
+            tensors = read_tensors(file, where)
     except InputError:
         raise
     except (safetensors.SafetensorError, OSError, ValueError) as error:
@@ -137,7 +137,7 @@ def load_model(path: str | Path) -> Model:
         ) from error
     if header is None:
         raise InputError(
-            f"{where!r} has no metadata {FORMAT!r} (found {_few(metadata)}); make model files with "
+            f"{where!r} has no metadata {FORMAT!r} (found {few(metadata)}); make model files with "
             "'ibau train' or 'ibau convert'"
         )
     triggers = [
@@ -218,7 +218,7 @@ def _read_header(text: str, where: str) -> Header:
     try:
         found = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
-        _damaged(where, f"no JSON object of this kind ({_short(str(error))})")
+        _damaged(where, f"no JSON object of this kind ({short(str(error))})")
     _check_fields(found, _FIELDS, "", where)
     _check_fields(found["info"], _INFO, "info.", where, optional=True)
     classes = found["num_classes"]
@@ -227,12 +227,12 @@ def _read_header(text: str, where: str) -> Header:
         target = attack["target"]
         if target is not None and not 0 <= target < classes:
             _damaged(
-                where, f"attacks[{i}].target is {_short(repr(target))}, expected 0 to {classes - 1}"
+                where, f"attacks[{i}].target is {short(repr(target))}, expected 0 to {classes - 1}"
             )
     attacks = [(attack["name"], attack["target"], attack["rule"]) for attack in found["attacks"]]
     names = [name for name, _, _ in attacks]
     if len(set(names)) < len(names):
-        _damaged(where, f"the attacks have the names {_few(names)}, expected each one once")
+        _damaged(where, f"the attacks have the names {few(names)}, expected each one once")
     return Header(**{**found, "attacks": attacks})
 
 
@@ -245,15 +245,15 @@ def _check_fields(
 ) -> None:
     what = prefix.rstrip(".") or "it"
     if not isinstance(found, dict):
-        _damaged(where, f"{what} is {_short(repr(found))}, expected an object")
+        _damaged(where, f"{what} is {short(repr(found))}, expected an object")
     if not optional:
         if missing := [name for name in fields if name not in found]:
-            _damaged(where, f"{what} lacks {_few(missing)}, expected {', '.join(fields)}")
+            _damaged(where, f"{what} lacks {few(missing)}, expected {', '.join(fields)}")
         if more := [name for name in found if name not in fields]:
-            _damaged(where, f"{what} also has {_few(more)}, expected only {', '.join(fields)}")
+            _damaged(where, f"{what} also has {few(more)}, expected only {', '.join(fields)}")
     for name, (expected, fits) in fields.items():
         if name in found and not fits(found[name]):
-            _damaged(where, f"{prefix}{name} is {_short(repr(found[name]))}, expected {expected}")
+            _damaged(where, f"{prefix}{name} is {short(repr(found[name]))}, expected {expected}")
 
 
 def _damaged(where: str, what: str) -> NoReturn:
@@ -270,18 +270,18 @@ def _no_constant(name: str) -> NoReturn:
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError(f"a name occurs twice among {_few([name for name, _ in pairs])}")
+        raise ValueError(f"a name occurs twice among {few([name for name, _ in pairs])}")
     return found
 
 
-def _read_tensors(file: Any, where: str, dtypes: tuple[str, ...] = FLOATS) -> dict[str, np.ndarray]:
+def read_tensors(file: Any, where: str, dtypes: tuple[str, ...] = FLOATS) -> dict[str, np.ndarray]:
     """All tensors of an open file as float32."""
     tensors = {}
     for name in file.keys():  # noqa: SIM118
         dtype = file.get_slice(name).get_dtype()
         if dtype not in dtypes:
             raise InputError(
-                f"{where!r} has {_short(repr(name))} as {dtype}: expected {', '.join(dtypes)}; "
+                f"{where!r} has {short(repr(name))} as {dtype}: expected {', '.join(dtypes)}; "
                 "make the file again"
             )
         with np.errstate(over="ignore"):  # infinity is told later
@@ -310,90 +310,14 @@ def _check_trigger(shape: tuple[int, ...], number: int, where: str) -> None:
         )
 
 
-def _short(text: str, length: int = 60) -> str:
+def short(text: str, length: int = 60) -> str:
     return text if len(text) <= length else text[: length - 3] + "..."
 
 
-def _few(names: Any, count: int = 5) -> str:
+def few(names: Any, count: int = 5) -> str:
     """The first of some names, for a message."""
-    shown = [_short(repr(name), 40) for name in list(names)[:count]]
+    shown = [short(repr(name), 40) for name in list(names)[:count]]
     return "[" + ", ".join(shown + ["..."] * (len(names) > count)) + "]"
-
-
-# Where people put a state dict, and what wrappers put before its names.
-STATES = ("state_dict", "model_state_dict", "model", "net")
-PREFIXES = ("module.", "_orig_mod.")  # torch.nn.DataParallel, torch.compile
-
-
-def _read_pth(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Tensors by name as float32, and what else the file says."""
-    try:
-        import torch
-    except ImportError as error:
-        raise InputError(
-            "reading a .pth file needs PyTorch, which is not installed: run "
-            "pip install 'ibau_jax[torch]'"
-        ) from error
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many types on a damaged or refused file
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
-        raise InputError(
-            f"cannot read {str(path)!r}: {reason}; expected a PyTorch file that holds only "
-            "tensors and plain values (anything else is refused and never executed)"
-        ) from error
-    state = content
-    while isinstance(state, dict) and (
-        inner := next((state[k] for k in STATES if isinstance(state.get(k), dict)), None)
-    ):
-        state = inner
-    places = ", ".join(STATES)
-    if not isinstance(state, dict):
-        raise InputError(
-            f"{str(path)!r} holds {type(content).__name__}: expected a dict of tensors, or a dict "
-            f"with such a dict under one of {places}"
-        )
-    tensors = {str(k): v for k, v in state.items() if isinstance(v, torch.Tensor)}
-    if not tensors:
-        raise InputError(
-            f"{str(path)!r} holds no tensors: expected them at the top or under one of {places}, "
-            f"found the keys {_few(state)}"
-        )
-    arrays = {}
-    for name, value in tensors.items():
-        try:
-            if value.is_complex():
-                raise ValueError(f"its values are {value.dtype}")
-            arrays[name] = value.detach().to(torch.float32).numpy()
-        except Exception as error:  # sparse, quantised, on no device
-            raise InputError(
-                f"cannot read the tensor {_short(repr(name))} of {str(path)!r}: "
-                f"{_short(str(error), 120)}; expected plain numbers"
-            ) from error
-    outer = content if isinstance(content, dict) else {}
-    return arrays, {k: outer[k] for k in ("acc", "epoch") if type(outer.get(k)) in (int, float)}
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Tensors by name as float32, and nothing else."""
-    import ml_dtypes  # noqa: F401  (comes with JAX; by it NumPy knows bfloat16)
-
-    try:
-        with safetensors.safe_open(path, framework="np") as file:
-            metadata = file.metadata() or {}
-            arrays = _read_tensors(file, str(path), (*FLOATS, "BF16", "I64"))
-    except InputError:
-        raise
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise InputError(
-            f"cannot read {str(path)!r}: {error}; expected a whole safetensors file"
-        ) from error
-    if FORMAT in metadata:
-        raise InputError(
-            f"{str(path)!r} is a model file already: expected one with PyTorch's names of layers; "
-            "use it as it is"
-        )
-    return arrays, {}
 
 
 def check_weights(
@@ -444,7 +368,7 @@ def _expected_shapes(architecture: str, num_classes: int) -> dict[str, tuple[int
     return {name: tuple(leaf.shape) for name, leaf in flat.items()}
 
 
-def _existing(path: str | Path) -> Path:
+def existing(path: str | Path) -> Path:
     path = Path(path)
     if not path.is_file():
         what = "a folder" if path.is_dir() else "no such file"

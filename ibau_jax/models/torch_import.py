@@ -5,18 +5,94 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors
 from flax.traverse_util import unflatten_dict
 
 from ibau_jax.errors import InputError
 from ibau_jax.models.files import (
-    PREFIXES,
-    _existing,
-    _few,
-    _read_pth,
-    _read_safetensors,
-    _short,
+    FLOATS,
+    FORMAT,
     check_weights,
+    existing,
+    few,
+    read_tensors,
+    short,
 )
+
+# Where people put a state dict, and what wrappers put before its names.
+STATES = ("state_dict", "model_state_dict", "model", "net")
+PREFIXES = ("module.", "_orig_mod.")  # torch.nn.DataParallel, torch.compile
+
+
+def _read_pth(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Tensors by name as float32, and what else the file says."""
+    try:
+        import torch
+    except ImportError as error:
+        raise InputError(
+            "reading a .pth file needs PyTorch, which is not installed: run "
+            "pip install 'ibau_jax[torch]'"
+        ) from error
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many types on a damaged or refused file
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
+        raise InputError(
+            f"cannot read {str(path)!r}: {reason}; expected a PyTorch file that holds only "
+            "tensors and plain values (anything else is refused and never executed)"
+        ) from error
+    state = content
+    while isinstance(state, dict) and (
+        inner := next((state[k] for k in STATES if isinstance(state.get(k), dict)), None)
+    ):
+        state = inner
+    places = ", ".join(STATES)
+    if not isinstance(state, dict):
+        raise InputError(
+            f"{str(path)!r} holds {type(content).__name__}: expected a dict of tensors, or a dict "
+            f"with such a dict under one of {places}"
+        )
+    tensors = {str(k): v for k, v in state.items() if isinstance(v, torch.Tensor)}
+    if not tensors:
+        raise InputError(
+            f"{str(path)!r} holds no tensors: expected them at the top or under one of {places}, "
+            f"found the keys {few(state)}"
+        )
+    arrays = {}
+    for name, value in tensors.items():
+        try:
+            if value.is_complex():
+                raise ValueError(f"its values are {value.dtype}")
+            arrays[name] = value.detach().to(torch.float32).numpy()
+        except Exception as error:  # sparse, quantised, on no device
+            raise InputError(
+                f"cannot read the tensor {short(repr(name))} of {str(path)!r}: "
+                f"{short(str(error), 120)}; expected plain numbers"
+            ) from error
+    outer = content if isinstance(content, dict) else {}
+    return arrays, {k: outer[k] for k in ("acc", "epoch") if type(outer.get(k)) in (int, float)}
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Tensors by name as float32, and nothing else."""
+    import ml_dtypes  # noqa: F401  (comes with JAX; by it NumPy knows bfloat16)
+
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            metadata = file.metadata() or {}
+            arrays = read_tensors(file, str(path), (*FLOATS, "BF16", "I64"))
+    except InputError:
+        raise
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise InputError(
+            f"cannot read {str(path)!r}: {error}; expected a whole safetensors file"
+        ) from error
+    if FORMAT in metadata:
+        raise InputError(
+            f"{str(path)!r} is a model file already: expected one with PyTorch's names of layers; "
+            "use it as it is"
+        )
+    return arrays, {}
 
 
 def convert_pth(path: str | Path) -> tuple[dict[str, Any], int, dict[str, Any]]:
@@ -36,7 +112,7 @@ def convert_pth(path: str | Path) -> tuple[dict[str, Any], int, dict[str, Any]]:
     Raises:
       InputError: PyTorch is missing, or the file is not such a checkpoint.
     """
-    path = _existing(path)
+    path = existing(path)
     read = _read_safetensors if path.suffix == ".safetensors" else _read_pth
     state, extra = read(path)
     weights = _vgg_from_torch(state, str(path))
@@ -80,13 +156,13 @@ def _vgg_from_torch(state: Mapping[str, np.ndarray], where: str) -> dict[str, np
         name = names.get(name, name)
         if name in weights:
             raise InputError(
-                f"{where!r} has the layer {_short(repr(given))} twice, with and without a prefix: "
+                f"{where!r} has the layer {short(repr(given))} twice, with and without a prefix: "
                 "expected one model"
             )
         weights[name] = value
     if not weights.keys() & set(names.values()):
         raise InputError(
             f"{where!r} does not fit the architecture 'vgg': expected names such as "
-            f"features.0.weight and classifier.bias, found {_few(state)}"
+            f"features.0.weight and classifier.bias, found {few(state)}"
         )
     return weights
