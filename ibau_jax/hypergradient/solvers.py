@@ -265,8 +265,6 @@ def arnoldi(matvec: MatVec, start: Tree, steps: int) -> tuple[jax.Array, jax.Arr
 
 def _conjugate_gradients(matvec: MatVec, b: Tree, steps: int, tolerance: float):
     """x and the number of steps, for a positive definite `matvec` from x = 0."""
-    unit = power_of_two(b)
-    b = scale(1 / unit, b)
     goal = tolerance**2 * dot(b, b)
 
     def unfinished(state):
@@ -285,7 +283,7 @@ def _conjugate_gradients(matvec: MatVec, b: Tree, steps: int, tolerance: float):
 
     start = (zeros_like(b), b, b, dot(b, b), jnp.int32(0))
     x, _, _, _, done = lax.while_loop(unfinished, advance, start)
-    return scale(unit, x), done
+    return x, done
 
 
 def _least_squares(matvec: MatVec, b: Tree, slope: Tree, damping: jax.Array, limits: NormalCG):
