@@ -26,6 +26,11 @@ def printable(value: object) -> str:
     )
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text; its `repr` where it has none."""
+    return (str(error).strip() or repr(error)).splitlines()[0]
+
+
 def check_name(kind: str, name: str, known: Iterable[str]) -> None:
     """Raise `InputError` when `name` is not among `known`; name the nearest one.
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ibau_jax.data.datasets import Dataset
-from ibau_jax.errors import InputError
+from ibau_jax.errors import InputError, first_line
 
 
 def check_data(data: Dataset, what: str = "clean") -> Dataset:
@@ -115,6 +115,6 @@ def _array(values: Any, what: str) -> np.ndarray:
         return np.asarray(values)
     except Exception as error:  # ragged lists; tensors on a device, or with a graph
         raise InputError(
-            f"{what} cannot be read as one array ({str(error).strip().splitlines()[0]}): expected "
+            f"{what} cannot be read as one array ({first_line(error)}): expected "
             "an array, or images of one size"
         ) from error

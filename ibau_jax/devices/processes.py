@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import jax
 
-from ibau_jax.errors import InputError, LostProcess
+from ibau_jax.errors import InputError, LostProcess, first_line
 
 SILENCE = 20.0  # seconds without a sign of life after which a process counts as lost
 
@@ -38,11 +38,10 @@ def start(
             heartbeat_timeout_seconds=int(3 * SILENCE),  # ours comes first: it explains itself
         )
     except (ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise InputError(
-            f"cannot join the other processes: {reason}; give --coordinator HOST:PORT of process "
-            "0, --num-processes and --process-id to each process, or --coordinator auto on a "
-            "cluster that JAX knows"
+            f"cannot join the other processes: {first_line(error)}; give --coordinator HOST:PORT "
+            "of process 0, --num-processes and --process-id to each process, or --coordinator auto "
+            "on a cluster that JAX knows"
         ) from error
     ended = threading.Event()
     threading.Thread(target=_watch_others, args=(ended,), daemon=True).start()
@@ -66,7 +65,7 @@ def watch() -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
             raise
-        raise LostProcess(_lost(str(error).strip().splitlines()[0])) from error
+        raise LostProcess(_lost(first_line(error))) from error
 
 
 def leave(status: int) -> None:
@@ -99,7 +98,7 @@ def _watch_others(ended: threading.Event) -> None:
             found = dict(client.key_value_dir_get("ibau/alive"))
         except Exception as error:  # whatever JAX raises when process 0, which keeps it, is gone
             if not ended.is_set():
-                _end(str(error).strip().splitlines()[0])
+                _end(first_line(error))
             return
         now = time.monotonic()
         for other in range(jax.process_count()):

@@ -244,7 +244,7 @@ def needs_reverse_mode(inner: Objective, delta: Tree, params: Tree) -> str | Non
         _forward_over_reverse(inner, delta, params)
     except Exception as error:  # of any kind: it is another for each primitive
         jax.eval_shape(reverse, delta, params)
-        return str(error).strip().split("\n")[0]
+        return str(error).strip().split("\n")[0] or repr(error)  # never empty: that says no
     return None
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import safetensors
 from flax.traverse_util import unflatten_dict
 
-from ibau_jax.errors import InputError
+from ibau_jax.errors import InputError, first_line
 from ibau_jax.models.files import (
     FLOATS,
     FORMAT,
@@ -36,10 +36,9 @@ def _read_pth(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types on a damaged or refused file
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
         raise InputError(
-            f"cannot read {str(path)!r}: {reason}; expected a PyTorch file that holds only "
-            "tensors and plain values (anything else is refused and never executed)"
+            f"cannot read {str(path)!r}: {first_line(error)[:200]}; expected a PyTorch file that "
+            "holds only tensors and plain values (anything else is refused and never executed)"
         ) from error
     state = content
     while isinstance(state, dict) and (

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ibau_jax.errors import InputError
+from ibau_jax.errors import InputError, first_line
 
 Tree = Any
 SECONDS = 60.0  # between two states within an epoch
@@ -145,8 +145,8 @@ class Checkpoints:
             action()
         except Exception as error:  # of many types
             warnings.warn(
-                f"cannot write a state in {str(self.folder)!r}: {_line(error)}; the training goes "
-                "on, and could be resumed from an older state only",
+                f"cannot write a state in {str(self.folder)!r}: {first_line(error)[:200]}; the "
+                "training goes on, and could be resumed from an older state only",
                 stacklevel=3,
             )
 
@@ -157,7 +157,7 @@ class Checkpoints:
             try:
                 return step, self._manager.restore(step, args=self._args.Composite(**parts))
             except Exception as error:  # a damaged file raises many types
-                reason = _line(error)
+                reason = first_line(error)[:200]
         raise InputError(
             f"cannot read a checkpoint in {str(self.folder)!r}: {reason}; expected one of this "
             "version of ibau_jax and of its libraries: go on with the version that began it, or "
@@ -186,7 +186,3 @@ def _differences(stored: Mapping[str, Any], now: Mapping[str, Any], partial: boo
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip() or repr(error)).splitlines()[0][:200]

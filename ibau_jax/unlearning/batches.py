@@ -11,7 +11,7 @@ import numpy as np
 from ibau_jax.data import Dataset, check_data, check_labels
 from ibau_jax.devices import mesh
 from ibau_jax.devices.mesh import Devices
-from ibau_jax.errors import InputError
+from ibau_jax.errors import InputError, first_line
 from ibau_jax.models.model import Classifier, Logits, Params
 from ibau_jax.unlearning.config import IBAUConfig
 
@@ -146,9 +146,8 @@ def check_clean(logits: Logits, params: Params, clean: Dataset) -> Dataset:
     try:
         out = jax.eval_shape(logits, params, jax.ShapeDtypeStruct(images[:1].shape, images.dtype))
     except Exception as error:  # whatever the user's own function raises
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise InputError(
-            f"the model refuses images of shape {images[:1].shape}: {reason}"
+            f"the model refuses images of shape {images[:1].shape}: {first_line(error)}"
         ) from error
     if getattr(out, "ndim", 0) != 2 or out.shape[0] != 1:
         raise InputError(

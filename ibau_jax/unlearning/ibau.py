@@ -27,7 +27,7 @@ import optax
 from ibau_jax.data import Dataset
 from ibau_jax.devices import mesh, processes
 from ibau_jax.devices.mesh import Devices
-from ibau_jax.errors import InputError
+from ibau_jax.errors import InputError, first_line
 from ibau_jax.hypergradient import (
     Direct,
     Report,
@@ -233,10 +233,9 @@ def choose_route(
     try:
         why = needs_reverse_mode(inner, jnp.asarray(clean.images[0]), params)
     except Exception as error:  # whatever the user's own function raises
-        reason = str(error).strip().split("\n")[0]
         raise InputError(
-            f"the model has no second derivatives ({reason}): expected a function that JAX "
-            "differentiates twice; the solver Direct() needs first derivatives only"
+            f"the model has no second derivatives ({first_line(error)}): expected a function that "
+            "JAX differentiates twice; the solver Direct() needs first derivatives only"
         ) from error
     if why and num_devices > 1:
         raise InputError(

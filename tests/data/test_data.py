@@ -6,7 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ibau_jax import InputError, load
-from ibau_jax.data import DATASETS, check_disjoint, missing_classes, note_missing, split_indices
+from ibau_jax.data import (
+    DATASETS,
+    check_disjoint,
+    check_images,
+    missing_classes,
+    note_missing,
+    split_indices,
+)
 from ibau_jax.data.cache import cached
 
 SIZES = {"train": 100, "test": 40}
@@ -134,3 +141,12 @@ def test_real_cifar10_is_in_the_official_order(cifar10):
     # The first labels of the official test_batch.
     assert cifar10.labels[:10].tolist() == [3, 8, 8, 0, 6, 6, 1, 6, 3, 1]
     assert np.bincount(cifar10.labels).tolist() == [1000] * 10
+
+
+def test_images_that_cannot_be_read_and_do_not_say_why():
+    class Mute:
+        def __array__(self, *_, **__):
+            raise ValueError
+
+    with pytest.raises(InputError, match=r"images cannot be read as one array \(ValueError\(\)\)"):
+        check_images(Mute())
