@@ -1,13 +1,15 @@
 """One self-contained HTML file: numbers, curves and pictures, nothing from the network."""
 
 import base64
-import html
+import functools
 import io
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from PIL import Image
 
 from ibau_jax.data import DATASETS
@@ -25,24 +27,11 @@ from ibau_jax.results.rows import (
     text,
 )
 
-_STYLE = """
-:root { --ink: #1b1f24; --dim: #6a737d; --line: #d8dee4; --good: #1a7f37; --bad: #cf222e; }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); max-width: 60rem;
-       margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
-p.dim, figcaption { color: var(--dim); font-size: .9rem; }
-table { border-collapse: collapse; } th, td { padding: .3rem .8rem; text-align: right;
-       border-bottom: 1px solid var(--line); } th { font-weight: 600; }
-.cards { display: flex; flex-wrap: wrap; gap: 1rem; margin: 1rem 0; }
-.card { border: 1px solid var(--line); border-radius: 8px; padding: .7rem 1.1rem; min-width: 9rem; }
-.card b { display: block; font-size: 1.5rem; } .card span { color: var(--dim); font-size: .9rem; }
-.strip { display: flex; flex-wrap: wrap; gap: .9rem; } figure { margin: 0; width: 7rem; }
-figure img { width: 7rem; height: 7rem; image-rendering: pixelated; border: 1px solid var(--line); }
-figcaption { line-height: 1.35; overflow-wrap: anywhere; }
-.good { color: var(--good); } .bad { color: var(--bad); }
-img.plot { max-width: 100%; }
-pre { background: #f6f8fa; padding: .8rem; overflow-x: auto; font-size: .85rem; }
-"""
+NO_CHANGE = (
+    "A perturbation is scaled so that grey is zero and its largest value is white or black. It may "
+    "be any that fools the model, so it need not look like the trigger."
+)
+RECONSTRUCTED = "What the defense reconstructed for a label."
 
 
 def write_report(folder: str | Path) -> Path:
@@ -54,43 +43,46 @@ def write_report(folder: str | Path) -> Path:
 
 
 def render(rows: list[Row], pictures: Pictures | None) -> str:
-    """The page, as text. `rows`: round 0 is the model as given."""
+    """The page, of the template beside this file. `rows`: round 0 is the model as given."""
     before, after = rows[0], rows[-1]
     told = defaultdict(lambda: "-", {k: shown(v) for k, v in after.items()})
-    title = "{defense} on {dataset} ({attack})".format_map(told)
     told["rounds"] = str(len(rows) - 1)
     about = (
         "Preset {preset}, seed {seed}, {n_clean} clean images, {rounds} round(s); measured on {n} "
         "other images, on {device}."
     ).format_map(told)
-    parts = [
-        f"<h1>{html.escape(title)}</h1><p class=dim>{html.escape(about)}</p>",
-        _flagged(after),
-        _cards(before, after),
-        "<h2>Rounds</h2>",
-        f"<img class=plot alt='ACC and ASR over rounds' src='{_curve(rows)}'>",
-        _table(rows),
-        _by_attack(before, after),
-    ]
+    values = {
+        "title": "{defense} on {dataset} ({attack})".format_map(told),
+        "about": about,
+        "flagged": _flagged(after),
+        "cards": _cards(before, after),
+        "curve": _curve(rows),
+        "table": _table(rows),
+        "by_attack": _by_attack(before, after),
+        "settings": "\n".join(
+            f"{shown(k)}: {shown(v)}" for k, v in _mapping(after, "config").items()
+        ),
+        "versions": ", ".join(f"{k} {shown(v)}" for k, v in _mapping(after, "versions").items()),
+        "model_hash": told["model_hash"],
+        "perturbations": None,
+    }
     if pictures is not None:
-        parts += [_perturbations(rows, pictures), _predictions(after, pictures)]
-    settings = "\n".join(f"{shown(k)}: {shown(v)}" for k, v in _mapping(after, "config").items())
-    used = ", ".join(f"{k} {v}" for k, v in _mapping(after, "versions").items())
-    parts.append(
-        f"<h2>Settings</h2><pre>{html.escape(settings)}</pre>"
-        f"<p class=dim>{_escaped(used)}; model {_escaped(told['model_hash'])}</p>"
-    )
-    return (
-        "<!doctype html><html lang=en><meta charset=utf-8>"
-        "<meta name=viewport content='width=device-width, initial-scale=1'>"
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style>"
-        f"<body>{''.join(parts)}</body></html>\n"
-    )
+        deltas = len(pictures.deltas) > 0
+        found = RECONSTRUCTED if len(pictures.found) else ""
+        values |= {
+            "perturbations": _perturbations(rows, pictures),
+            "about_perturbations": NO_CHANGE if deltas else found,
+            "what": "Triggered images" if len(pictures.triggered) else "Images",
+            "predictions": _predictions(after, pictures),
+        }
+    return _template().render(values)
 
 
-def _escaped(value: Any) -> str:
-    """The text of a value of unknown origin, for HTML."""
-    return html.escape(shown(value))
+@functools.cache
+def _template() -> Template:
+    return Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
+    ).get_template("report.html.jinja")
 
 
 def _mapping(row: Row, name: str) -> dict[str, Any]:
@@ -107,59 +99,53 @@ def _class_name(row: Row, label: Any) -> str:
     return names[label] if known else shown(label)
 
 
-def _flagged(row: Row) -> str:
+def _flagged(row: Row) -> str | None:
     """Which labels a defense holds for targets, where it looks for them."""
     flagged = row.get("flagged")
     if not isinstance(flagged, list):
-        return ""
+        return None
     found = ", ".join(f"{shown(label)} ({_class_name(row, label)})" for label in flagged)
-    told = f"Labels held for targets: {found}." if found else "No label stands out: none changed."
-    return f"<p>{html.escape(told)}</p>"
+    return f"Labels held for targets: {found}." if found else "No label stands out: none changed."
 
 
-def _cards(before: Row, after: Row) -> str:
+def _cards(before: Row, after: Row) -> list[dict[str, str]]:
     meanings = (
         ("acc", "ACC", "accuracy on clean images"),
         ("asr", "ASR", "triggered images that get the target"),
         ("asr_excl", "ASR excl.", "the same without target-class images"),
         ("ra", "RA", "triggered images that get their true label"),
     )
-    cards = [
-        f"<div class=card title='{meaning}'><span>{name}</span>"
-        f"<b>{text(before.get(key))} &rarr; {text(after.get(key))}</b></div>"
+    return [
+        {
+            "name": name,
+            "meaning": meaning,
+            "before": text(before.get(key)),
+            "after": text(after.get(key)),
+        }
         for key, name, meaning in meanings
         if number(after.get(key)) is not None
     ]
-    return f"<div class=cards>{''.join(cards)}</div>"
 
 
-def _table(rows: list[Row]) -> str:
+def _table(rows: list[Row]) -> dict[str, list]:
     columns = (
         *(("acc", "ACC", 3), ("asr", "ASR", 3), ("asr_excl", "ASR excl.", 3), ("ra", "RA", 3)),
         *(("der", "DER", 3), ("delta_norm", "|delta|", 2), ("residual", "residual", 3)),
         ("seconds", "seconds", 1),
     )
     used = [c for c in columns if any(number(row.get(c[0])) is not None for row in rows)]
-    head = "".join(f"<th>{name}</th>" for name in ("round", *(name for _, name, _ in used)))
-    body = []
-    for round_, row in zip(rounds(rows), rows, strict=True):
-        cells = ["before" if round_ == 0 else str(round_)]
-        cells += [text(row.get(key), digits) for key, _, digits in used]
-        body.append("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in cells) + "</tr>")
-    return f"<table><tr>{head}</tr>{''.join(body)}</table>"
+    body = [
+        ["before" if round_ == 0 else str(round_)]
+        + [text(row.get(key), digits) for key, _, digits in used]
+        for round_, row in zip(rounds(rows), rows, strict=True)
+    ]
+    return {"head": ["round", *(name for _, name, _ in used)], "body": body}
 
 
-def _by_attack(before: Row, after: Row) -> str:
+def _by_attack(before: Row, after: Row) -> list[tuple[str, str, str]]:
     """The ASR of each attack, where there are several."""
     earlier, later = _mapping(before, "by_attack"), _mapping(after, "by_attack")
-    if not later:
-        return ""
-    body = "".join(
-        f"<tr><td>{_escaped(name)}</td><td>{text(earlier.get(name))}</td><td>{text(asr)}</td></tr>"
-        for name, asr in later.items()
-    )
-    head = "<tr><th>ASR of each attack</th><th>before</th><th>after</th></tr>"
-    return f"<table>{head}{body}</table>"
+    return [(shown(name), text(earlier.get(name)), text(asr)) for name, asr in later.items()]
 
 
 def _curve(rows: list[Row]) -> str:
@@ -188,61 +174,49 @@ def _curve(rows: list[Row]) -> str:
     return _data_uri(stream.getvalue(), "image/svg+xml")
 
 
-def _perturbations(rows: list[Row], pictures: Pictures) -> str:
+def _perturbations(rows: list[Row], pictures: Pictures) -> list[dict[str, Any]]:
     figures = []
     names = str(rows[0].get("attack")).split(", ")
     if len(names) != len(pictures.triggers):  # a name with a comma
         names = [f"attack {i + 1}" for i in range(len(pictures.triggers))]
     for trigger, name in zip(pictures.triggers, names, strict=True):
-        figures.append(_figure(trigger, f"the true trigger: {_escaped(name)}"))
+        figures.append(_figure(trigger, f"the true trigger: {shown(name)}"))
     norms = {n: row.get("delta_norm") for n, row in zip(rounds(rows), rows, strict=True)}
     for i, delta in enumerate(np.nan_to_num(pictures.deltas), start=1):
         largest = float(np.abs(delta).max(initial=0)) or 1.0
         caption = f"found in round {i}: norm {text(norms.get(i), 2)}, largest {largest:.2f}"
-        figures.append(_figure(0.5 + 0.5 * delta / largest, html.escape(caption)))
+        figures.append(_figure(0.5 + 0.5 * delta / largest, caption))
     for picture, caption in zip(pictures.found, pictures.captions, strict=True):
-        figures.append(_figure(picture, _escaped(caption)))
-    about = ""
-    if len(pictures.deltas):
-        about = (
-            "A perturbation is scaled so that grey is zero and its largest value is white or "
-            "black. It may be any that fools the model, so it need not look like the trigger."
+        figures.append(_figure(picture, shown(caption)))
+    return figures
+
+
+def _predictions(row: Row, pictures: Pictures) -> list[dict[str, Any]]:
+    return [
+        _figure(
+            image,
+            f"true: {_class_name(row, label)}",
+            [
+                {"when": when, "name": _class_name(row, found), "right": found == label}
+                for when, found in (("before", before), ("after", after))
+            ],
         )
-    elif len(pictures.found):
-        about = "What the defense reconstructed for a label."
-    return (
-        f"<h2>Trigger and what was found</h2><p class=dim>{about}</p>"
-        f"<div class=strip>{''.join(figures)}</div>"
-    )
+        for image, label, before, after in zip(
+            pictures.triggered if len(pictures.triggered) else pictures.images,
+            pictures.labels,
+            pictures.before,
+            pictures.after,
+            strict=True,
+        )
+    ]
 
 
-def _predictions(row: Row, pictures: Pictures) -> str:
-    triggered = len(pictures.triggered) > 0
-    figures = []
-    for image, label, before, after in zip(
-        pictures.triggered if triggered else pictures.images,
-        pictures.labels,
-        pictures.before,
-        pictures.after,
-        strict=True,
-    ):
-        caption = f"true: {html.escape(_class_name(row, label))}"
-        for when, found in (("before", before), ("after", after)):
-            mark = "good" if found == label else "bad"
-            caption += (
-                f"<br>{when}: <span class={mark}>{html.escape(_class_name(row, found))}</span>"
-            )
-        figures.append(_figure(image, caption))
-    what = "Triggered images" if triggered else "Images"
-    return f"<h2>{what} and predictions</h2><div class=strip>{''.join(figures)}</div>"
-
-
-def _figure(image: np.ndarray, caption: str) -> str:
-    """A picture [H, W, C] in [0, 1] with a caption that is HTML already."""
+def _figure(image: np.ndarray, caption: str, predictions: Sequence[Any] = ()) -> dict[str, Any]:
+    """A picture [H, W, C] in [0, 1] for the template."""
     stream = io.BytesIO()
     Image.fromarray(pixels(image)).save(stream, "PNG")
     uri = _data_uri(stream.getvalue(), "image/png")
-    return f"<figure><img alt='' src='{uri}'><figcaption>{caption}</figcaption></figure>"
+    return {"uri": uri, "caption": caption, "predictions": predictions}
 
 
 def _data_uri(content: bytes, kind: str) -> str:

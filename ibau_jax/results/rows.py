@@ -75,7 +75,7 @@ def read_rows(folder: str | Path) -> list[Row]:
                 return rows
     raise InputError(
         f"no results in {str(folder)!r}: expected a file {ROWS} with at least one row; "
-        "make one with 'ibau defend --out' or 'ibau demo --out'"
+        "'ibau defend' and 'ibau demo' write one"
     )
 
 
