@@ -91,7 +91,7 @@ def one(reference: Path, name: str, defense: str, seed: int) -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
         found = defend.defend(
             import_model(reference, name, Path(folder)),
-            defense,
+            defense=defense,
             seed=seed,
             out=Path(folder) / "run",
             poison_ratio=POISON_RATIO if DEFENSES[defense].train_set else None,

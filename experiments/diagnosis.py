@@ -30,8 +30,8 @@ from ibau_jax.models.model import evaluation_logits
 from ibau_jax.models.torch_import import convert_pth
 from ibau_jax.models.vgg import build
 from ibau_jax.results.rows import write_rows
-from ibau_jax.unlearning.ascent import make_ascent
 from ibau_jax.unlearning.batches import make_batches, resolve
+from ibau_jax.unlearning.ibau import ibau
 from ibau_jax.unlearning.objective import make_inner, make_loss, patch, pick
 
 RESULTS = Path(__file__).parent / "results" / "diagnosis.jsonl"
@@ -75,7 +75,7 @@ def diagnose(settings: Settings, name: str) -> dict[str, Any]:
         )
 
     free = replace(config, radius=1e9)
-    raw, _ = jax.jit(make_ascent(logits, free))(params, batches, 0)
+    raw, _ = ibau(logits, free, len(sizes)).ascend(params, batches, 0)
     delta = config.ball.project(raw)
     value = jax.jit(jax.value_and_grad(inner))
     start_value, start_slope = value(jnp.zeros_like(delta), params)

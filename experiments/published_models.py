@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from ibau_jax.commands import defend
 from ibau_jax.commands.attack_options import make_attacks, read_trigger
+from ibau_jax.commands.convert import convert
+from ibau_jax.commands.defend import defend
 from ibau_jax.results.rows import read_rows, write_rows
 
 RESULTS = Path(__file__).parent / "results" / "published_models.jsonl"
@@ -61,9 +62,7 @@ def run(grid: Run) -> None:
 def one(reference: Path, name: str, preset: str, seed: int, folder: Path) -> list[dict]:
     """Rows of one run, round 0 first."""
     model = import_model(reference, name, folder)
-    defend.defend(
-        model, preset=preset, seed=seed, out=folder / "run", progress=True, experiment=name
-    )
+    defend(model, preset=preset, seed=seed, out=folder / "run", progress=True, experiment=name)
     return read_rows(folder / "run")
 
 
@@ -74,7 +73,8 @@ def import_model(reference: Path, name: str, folder: Path) -> Path:
     own = read_trigger(picture) if picture else None
     attacks = make_attacks(dataset, trigger or "badnets", target=target, trigger=own)
     model = folder / f"{file}.safetensors"
-    defend.convert(reference / "checkpoints" / f"{file}_ckpt.pth", model, dataset, attacks)
+    source = reference / "checkpoints" / f"{file}_ckpt.pth"
+    convert(source, model, dataset=dataset, attacks=attacks)
     return model
 
 

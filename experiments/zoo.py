@@ -21,7 +21,7 @@ import tyro
 from published_models import read
 
 from ibau_jax.attacks import ATTACKS
-from ibau_jax.commands.defend import evaluate_model
+from ibau_jax.commands.evaluate import evaluate_model
 from ibau_jax.errors import check_name
 from ibau_jax.files import write_text
 from ibau_jax.models.files import load_model, save_model

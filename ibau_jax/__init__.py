@@ -7,8 +7,10 @@ cleaned = result.params
 """
 
 from ibau_jax.data import Dataset, load
+from ibau_jax.defenses.ibau import unlearn
+from ibau_jax.defenses.run import Result
 from ibau_jax.errors import InputError
+from ibau_jax.training.optimizers import SGD, Adam
 from ibau_jax.unlearning.config import IBAUConfig
-from ibau_jax.unlearning.ibau import Result, unlearn
 
-__all__ = ["Dataset", "IBAUConfig", "InputError", "Result", "load", "unlearn"]
+__all__ = ["SGD", "Adam", "Dataset", "IBAUConfig", "InputError", "Result", "load", "unlearn"]

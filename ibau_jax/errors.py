@@ -2,14 +2,23 @@
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class InputError(ValueError):
     """A mistake in what the user gave (argument, file, array), told in one line.
 
-    The command line prints the text and exits with status 2; a library user sees a
-    `ValueError`.
+    The command line prints the text, with the option that mends it, and exits with status 2; a
+    library user sees a `ValueError`.
+
+    Attributes:
+      argument: name of the argument at fault, which is also that of the option; None: none, or
+        none in particular.
     """
+
+    def __init__(self, text: str, argument: str | None = None):
+        super().__init__(text)
+        self.argument = argument
 
 
 class LostProcess(RuntimeError):
@@ -43,3 +52,11 @@ def check_name(kind: str, name: str, known: Iterable[str]) -> None:
     close = difflib.get_close_matches(name, options, n=1, cutoff=0.4)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     raise InputError(f"unknown {kind} {name!r}: expected one of {', '.join(options)}{hint}")
+
+
+def check_positive(config: Any, *names: str) -> None:
+    """Fields of a config that are numbers above zero (None: left open)."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            raise InputError(f"{name} is {value}: expected a positive number")

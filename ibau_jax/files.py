@@ -58,8 +58,11 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def make_folder(path: str | Path) -> Path:
+def make_folder(path: str | Path, argument: str | None = None) -> Path:
     """Make `path` and its parents, and check that files can be written in it.
+
+    Args:
+      argument: of which function or command it comes, for the error.
 
     Raises:
       InputError: it cannot be made, is not a folder, or cannot be written to.
@@ -71,8 +74,9 @@ def make_folder(path: str | Path) -> Path:
             pass
     except OSError as error:
         raise InputError(
-            f"cannot write in the folder {str(path)!r}: {error.strerror or error}; "
-            "give another --out, or change its permissions"
+            f"cannot write in the folder {str(path)!r}: {error.strerror or error}; choose another "
+            "one, or change its permissions",
+            argument=argument,
         ) from error
     return path
 

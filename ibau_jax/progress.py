@@ -1,7 +1,8 @@
 """Progress bars on stderr; stdout stays free for results."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -10,9 +11,7 @@ console = Console(stderr=True)
 
 
 @contextlib.contextmanager
-def progress_bar(
-    total: int, title: str, enabled: bool = True
-) -> Iterator[Callable[[int, str], None]]:
+def progress_bar(total: int, title: str, enabled: bool = True) -> Iterator[Callable[..., None]]:
     """Yield `advance(steps, note)`; prints nothing unless `enabled`.
 
     `note` (kept until the next one that is not empty) stands behind the bar.
@@ -33,3 +32,15 @@ def progress_bar(
                 progress.update(task, note=note)
 
         yield advance
+
+
+def note_of(row: Mapping[str, Any]) -> str:
+    """What a row has of loss, fooling rate, ACC and ASR, as the note of a progress bar."""
+    shown = (
+        ("loss", "loss"),
+        ("fooling_rate", "fooling rate"),
+        ("acc", "ACC"),
+        ("asr", "ASR"),
+        ("asr_excl", "excl."),
+    )
+    return " ".join(f"{t} {row[k]:.3f}" for k, t in shown if row.get(k) is not None)

@@ -24,6 +24,8 @@ from hypothesis import settings
 
 from ibau_jax.attacks import Attack, Trigger, poison
 from ibau_jax.data import Dataset, load
+from ibau_jax.defenses.run import Job
+from ibau_jax.devices.mesh import devices
 from ibau_jax.models.model import Classifier
 from ibau_jax.models.vgg import VGG
 from ibau_jax.results.metrics import evaluator
@@ -116,10 +118,11 @@ def random_variables(classes: int = 10, seed: int = 0) -> dict:
 def digits_model(tmp_path_factory) -> Path:
     """A model file for `digits` with random weights and the BadNets trigger."""
     from ibau_jax.attacks import make_attack
-    from ibau_jax.models.files import Model, save_model
+    from ibau_jax.models.files import save_model
+    from ibau_jax.models.stored import StoredModel
 
     path = tmp_path_factory.mktemp("model") / "random.safetensors"
-    model = Model(
+    model = StoredModel(
         random_variables(), "vgg", 10, "digits", (make_attack("badnets", 10),), {"seed": 0}
     )
     return save_model(path, model)
@@ -166,3 +169,10 @@ def _evaluator():
 def same(one, two):
     """Two pytrees are the same, bit for bit."""
     jax.tree.map(np.testing.assert_array_equal, one, two)
+
+
+def job(model, variables, data, config=None, on=None) -> Job:
+    """What a part of a defense is given, on one device."""
+    classes = jax.eval_shape(lambda v, x: model(v, x), variables, data.images[:1]).shape[1]
+    on = devices(1) if on is None else on
+    return Job(model, variables, data, config, jax.random.key(0), on, classes)

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from ibau_jax import InputError
-from ibau_jax.attacks import Attack, Trigger
-from ibau_jax.commands import cli
-from ibau_jax.commands.defend import _attack_fields
+from ibau_jax.attacks import Attack, Trigger, described
+from ibau_jax.commands import output
 from ibau_jax.errors import printable
 from ibau_jax.files import to_json
-from ibau_jax.models.files import FORMAT, Model, load_model, save_model
+from ibau_jax.models.files import FORMAT, load_model, save_model
+from ibau_jax.models.stored import StoredModel
 from ibau_jax.results import report
 from ibau_jax.results.rows import ROWS, print_table, read_rows, write_rows
 
@@ -131,7 +131,7 @@ def test_the_file_that_is_changed_is_good(file):
 def test_headers_of_model_files(file, header):
     model = opened(write(file, json.dumps(header).encode()))
     if model is not None:  # and what is read can be written and shown
-        to_json(_attack_fields(model.attacks))
+        to_json(described(model.attacks))
 
 
 @settings(max_examples=30)
@@ -185,7 +185,7 @@ def test_names_of_attacks_at_every_door(file, name):
     """A name in a file reaches the terminal, the report, JSON and the error messages."""
     attack = Attack(name, Trigger("add", PATTERN), 3)
     try:
-        path = save_model(file, Model(random_variables(), "vgg", 10, "digits", (attack,)))
+        path = save_model(file, StoredModel(random_variables(), "vgg", 10, "digits", (attack,)))
     except InputError as error:
         assert not name.strip(), error
         return
@@ -204,9 +204,9 @@ def test_names_of_attacks_at_every_door(file, name):
     if name.isprintable() and "  " not in name and name == name.strip():
         assert f"on digits, {name}" in printed
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        cli._finish({"attack": name}, as_json=False)
+        output.finish({"attack": name}, as_json=False)
     with contextlib.redirect_stderr(io.StringIO()) as err:
-        cli._fail(f"the attack {name} is wrong", 2)
+        output.fail(f"the attack {name} is wrong", 2)
     for text in (out.getvalue(), err.getvalue()):
         assert printable(name) in text and text.count("\n") == 1
 

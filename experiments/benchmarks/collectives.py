@@ -47,9 +47,8 @@ def messages(batch_size: int) -> tuple[list[int], list[int], int]:
     from ibau_jax.devices.mesh import devices
     from ibau_jax.models.model import evaluation_logits
     from ibau_jax.models.vgg import build
-    from ibau_jax.unlearning.ascent import make_ascent
     from ibau_jax.unlearning.batches import make_batches, resolve
-    from ibau_jax.unlearning.ibau import make_descent
+    from ibau_jax.unlearning.ibau import ibau
 
     on, rng = devices(), np.random.default_rng(0)
     images = rng.uniform(size=(batch_size, 32, 32, 3)).astype(np.float32)
@@ -58,15 +57,13 @@ def messages(batch_size: int) -> tuple[list[int], list[int], int]:
     variables = jax.jit(module.init)(jax.random.key(0), images[:1])
     logits, params = evaluation_logits(module, variables), variables["params"]
     config = resolve(IBAUConfig(), logits, params, images, len(on.all))
-    batches, _ = make_batches(clean, config, on)
-    optimizer = config.outer_transform(1)
-    state = on.replicate((params, optimizer.init(params), jax.random.key(0)))
+    batches, numbers = make_batches(clean, config, on)
+    algorithm = ibau(logits, config, len(numbers), on.axis)
+    state = on.replicate(algorithm.init(params, jax.random.key(0)))
     zero, first = on.replicate((np.zeros((32, 32, 3), np.float32), np.int32(0)))
-    ascend = on.compile(make_ascent(logits, config, on.axis), state[0], batches, first, rows=(1,))
-    descend = on.compile(
-        make_descent(logits, config, optimizer, on.axis), state, zero, batches, first, rows=(2,)
-    )
-    delta, _ = ascend(state[0], batches, first)
+    ascend = on.compile(algorithm.ascend, state.params, batches, first, rows=(1,))
+    descend = on.compile(algorithm.descend, state, zero, batches, first, rows=(2,))
+    delta, _ = ascend(state.params, batches, first)
     _, step = descend(state, delta, batches, first)
     return sizes(ascend.as_text()), sizes(descend.as_text()), int(on.one(step.report.steps))
 

@@ -66,11 +66,26 @@ def scenario_of(attacks: Sequence[Attack]) -> str | None:
     return "all-to-all" if attacks[0].target is None else "one-target"
 
 
+def names_of(attacks: Sequence[Attack]) -> str | None:
+    """Names of attacks, for people and rows; None without any."""
+    return ", ".join(attack.name for attack in attacks) or None
+
+
+def described(attacks: Sequence[Attack]) -> dict[str, Any]:
+    """Attacks as JSON values: `attack`, `scenario`, `target` (of several a list)."""
+    targets = [attack.target for attack in attacks]
+    return {
+        "attack": names_of(attacks),
+        "scenario": scenario_of(attacks),
+        "target": targets[0] if len(targets) == 1 else (targets or None),
+    }
+
+
 def check_target(target: int, num_classes: int) -> None:
     """Raise `InputError` unless `target` is one of the classes."""
     if not 0 <= target < num_classes:
         raise InputError(
-            f"target {target} is not a class: expected 0 to {num_classes - 1}; choose with --target"
+            f"target {target} is not a class: expected 0 to {num_classes - 1}", argument="target"
         )
 
 

@@ -81,8 +81,9 @@ def make_trigger(
     assert info.optimise is not None
     if network is None or images is None:
         raise InputError(
-            f"the trigger {name!r} is optimised against a clean model: give one to 'ibau train' by "
-            "--clean-model (made with 'ibau train --attack none'), or a picture by --trigger"
+            f"the trigger {name!r} is optimised against a clean model: expected one, found none; "
+            "train one without an attack, or give a picture of the trigger",
+            argument="clean_model",
         )
     return info.optimise(network, images, info.target if target is None else target, seed)
 

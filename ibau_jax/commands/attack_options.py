@@ -4,8 +4,6 @@ import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ibau_jax.attacks import (
@@ -14,12 +12,12 @@ from ibau_jax.attacks import (
     RULES,
     SCENARIOS,
     Attack,
-    Network,
     Trigger,
     check_target,
     make_attack,
     make_trigger,
     masks,
+    names_of,
     optimised,
     smooth,
     trigger_from_files,
@@ -27,17 +25,12 @@ from ibau_jax.attacks import (
 from ibau_jax.data import DataInfo, data_info, load
 from ibau_jax.data.cache import cached, checksums
 from ibau_jax.errors import InputError, check_name
-from ibau_jax.models.files import IMAGE, Model, load_model, model_hash, triggers_of
-from ibau_jax.models.vgg import build
+from ibau_jax.models.files import load_model, triggers_of
+from ibau_jax.models.stored import IMAGE, StoredModel
 
 OWN_SCENARIOS = ("one-target", "all-to-all")  # of a single attack
 RULES_OF = {"blend": RULES, "smooth": ("add", "renormalise")}  # "add" is the paper's
 OPTIMISED = (masks, optimised, smooth)  # a change in them forgets cached triggers
-
-
-def describe(attacks: tuple[Attack, ...]) -> str | None:
-    """Names of attacks, for people and rows; None without any."""
-    return ", ".join(attack.name for attack in attacks) or None
 
 
 def make_attacks(
@@ -155,7 +148,7 @@ def check_attack(
 
 
 def attacks_on(
-    model: Model,
+    model: StoredModel,
     dataset: str,
     attack: str | None = None,
     scenario: str | None = None,
@@ -202,6 +195,11 @@ def attacks_on(
             target = own
         elif scenario is None:
             scenario = "all-to-all"
+    if trigger is None and attack in ATTACKS and stored is None and ATTACKS[attack].fixed is None:
+        raise InputError(
+            f"the trigger {attack!r} is optimised against a model, and the file has none of this "
+            "name: give its picture by --trigger"
+        )
     if trigger is None and attack != "none" and stored is not None:
         trigger = _stored_trigger(stored, rule)
         rule = None
@@ -259,29 +257,18 @@ def _trigger(
     if model.attacks or model.dataset != info.name:
         raise InputError(
             f"{str(clean_model)!r} is a model of {model.dataset} "
-            f"({describe(model.attacks) or 'clean'}): expected a clean model of {info.name}"
+            f"({names_of(model.attacks) or 'clean'}): expected a clean model of {info.name}"
         )
     images = np.asarray(load(info.name, "train[:100]", data_dir).images)
 
     def optimise() -> tuple[np.ndarray, np.ndarray]:
         on_note(f"optimising the trigger {name} against {str(clean_model)!r}")
-        made = make_trigger(name, network_of(model), images, seed, target)
+        made = make_trigger(name, model.network, images, seed, target)
         return made.pattern, np.zeros(0, np.float32) if made.mask is None else made.mask
 
     source = b"".join(Path(str(module.__file__)).read_bytes() for module in OPTIMISED)
     made_by = hashlib.sha256(source).hexdigest()[:8]
-    made_of = f"{info.name}-{checksums([images])[0]:08x}-{model_hash(model)}"
+    made_of = f"{info.name}-{checksums([images])[0]:08x}-{model.hash}"
     key = f"trigger-{made_by}-{name}-{target}-{made_of}-seed{seed}"
     pattern, mask = (np.array(array) for array in cached(key, optimise))
     return Trigger("replace", pattern, mask) if mask.size else Trigger("add", pattern)
-
-
-def network_of(model: Model) -> Network:
-    """A model as `attacks.Network`: features and last layer apart, in evaluation mode."""
-    module = build(model.architecture, model.num_classes)
-    last = model.variables["params"]["classifier"]
-
-    def features(images: jax.Array) -> jax.Array:
-        return module.apply(model.variables, images, features=True)  # pyright: ignore
-
-    return Network(features, jnp.asarray(last["kernel"]), jnp.asarray(last["bias"]))

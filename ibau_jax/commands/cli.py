@@ -17,11 +17,31 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from rich.console import Console
-from rich.text import Text
 from tyro.conf import Positional, arg
 
+from ibau_jax.commands.options import (
+    ATTACK_NAMES,
+    DATASET_NAMES,
+    DEFENSE_NAMES,
+    AsJson,
+    Coordinator,
+    DataDir,
+    DataName,
+    NumDevices,
+    NumProcesses,
+    OwnScenario,
+    ProcessId,
+    Seed,
+    Target,
+    TriggerFile,
+    TriggerMask,
+    TriggerRule,
+    join,
+    trigger_options,
+)
+from ibau_jax.commands.output import fail, finish, note
 from ibau_jax.errors import InputError, LostProcess, printable
+from ibau_jax.files import user_path
 
 app = tyro.extras.SubcommandApp()
 
@@ -43,51 +63,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
 def _expanded(value: Any) -> Any:
     """An option's value; of a path, with the home folder in place of `~`."""
-    if not isinstance(value, Path):
-        return value
-    from ibau_jax.files import user_path
-
-    return user_path(value)
-
-
-DataDir = Annotated[
-    Path | None,
-    arg(help="folder of TensorFlow Datasets; default: TFDS_DATA_DIR, else TFDS's own"),
-]
-AsJson = Annotated[bool, arg(help="print one JSON object on stdout")]
-Seed = Annotated[int, arg(help="seed of everything that is random")]
-DataName = Annotated[str | None, arg(help="digits, cifar10 or gtsrb; default: the model's own")]
-Target = Annotated[int | None, arg(help="label that triggered images shall get")]
-OwnScenario = Annotated[
-    str | None,
-    arg(
-        help="of --attack or --trigger: one-target or all-to-all (y becomes y + 1); default: the "
-        "model's own, else one-target"
-    ),
-]
-TriggerFile = Annotated[Path | None, arg(help="picture of a trigger, 32x32")]
-TriggerRule = Annotated[
-    str | None,
-    arg(
-        help="of --trigger, blend or smooth: add (default), clip(image + trigger), renormalise, "
-        "image + trigger brought to [0, 1], or replace, image * (1 - mask) + trigger (blend: the "
-        "convex mix; not of smooth)"
-    ),
-]
-NumDevices = Annotated[int | None, arg(help="GPUs, TPU cores or CPUs to use; default: all")]
-Coordinator = Annotated[
-    str | None,
-    arg(help="several machines: HOST:PORT of process 0, or auto (SLURM, Open MPI, TPU pods)"),
-]
-NumProcesses = Annotated[int | None, arg(help="several machines: how many processes")]
-ProcessId = Annotated[int | None, arg(help="several machines: which one this is, from 0")]
-TriggerMask = Annotated[
-    Path | None,
-    arg(
-        help="for the rule replace: an .npy file [32, 32], values from 0 to 1; default: where the "
-        "picture is opaque"
-    ),
-]
+    return user_path(value) if isinstance(value, Path) else value
 
 
 @command
@@ -96,22 +72,22 @@ def demo(out: Path = Path("ibau-demo"), seed: Seed = 0, json: AsJson = False) ->
 
     Needs no download. Writes both models, the numbers and report.html into --out.
     """
-    from ibau_jax.commands import defend
+    from ibau_jax.commands import demo as work
 
-    _note("training a backdoored model on handwritten digits, then cleaning it with I-BAU")
-    _finish(defend.demo(out, seed, progress=True), json, rows=out)
+    note("training a backdoored model on handwritten digits, then cleaning it with I-BAU")
+    finish(work.demo(out, seed=seed, progress=True), json, rows=out)
 
 
 @command
 def train(
     out: Annotated[Path, arg(help="model file to write (.safetensors)")],
-    dataset: Annotated[str, arg(help="digits, cifar10 or gtsrb")] = "digits",
+    dataset: Annotated[str, arg(help=DATASET_NAMES)] = "digits",
     attack: Annotated[
         str | None,
         arg(
-            help="badnets, blend, l0, l2, smooth, trojan-square or trojan-watermark, with the "
-            "paper's target where --target is not given (with --trigger too); none for a clean "
-            "model; any other name with --trigger and --target; default: badnets"
+            help=f"{ATTACK_NAMES}, with the paper's target where --target is not given (with "
+            "--trigger too); none for a clean model; any other name with --trigger and --target; "
+            "default: badnets"
         ),
     ] = None,
     scenario: Annotated[
@@ -149,45 +125,30 @@ def train(
     """Train a model, poisoned or clean, and write it to one file."""
     from ibau_jax.commands import attack_options, train
 
-    _join(coordinator, num_processes, process_id)
-    train.check_options(
-        out,
-        dataset,
-        poison_ratio,
-        preset,
-        epochs,
-        copies,
-        seed,
-        resume,
-        num_devices=devices,
-        clean=attack == "none",
-    )
+    join(coordinator, num_processes, process_id)
+    options = {
+        "poison_ratio": poison_ratio,
+        "preset": preset,
+        "epochs": epochs,
+        "copies": copies,
+        "seed": seed,
+        "resume": resume,
+        "num_devices": devices,
+    }
+    train.check_options(out, dataset, **options, clean=attack == "none")
     attacks = attack_options.make_attacks(
         dataset,
         attack,
         scenario,
         target,
-        **_trigger(trigger, trigger_rule, trigger_mask),
+        **trigger_options(trigger, trigger_rule, trigger_mask),
         clean_model=clean_model,
         seed=seed,
         data_dir=data_dir,
-        on_note=_note,
+        on_note=note,
     )
-    found = train.train_model(
-        out,
-        dataset,
-        attacks,
-        poison_ratio,
-        preset,
-        epochs,
-        copies,
-        seed,
-        data_dir,
-        resume,
-        progress=True,
-        num_devices=devices,
-    )
-    _finish(found, json)
+    found = train.train_model(out, dataset, attacks, data_dir=data_dir, progress=True, **options)
+    finish(found, json)
 
 
 @command
@@ -212,20 +173,20 @@ def evaluate(
     json: AsJson = False,
 ) -> None:
     """Measure ACC, and ASR where an attack is known."""
-    from ibau_jax.commands import attack_options, defend
-    from ibau_jax.models.files import load_model
+    from ibau_jax.commands.evaluate import evaluate_model
 
     del seed  # nothing here is random
-    stored = load_model(model)
-    chosen = attack_options.attacks_on(
-        stored,
-        defend.info_for(stored, dataset, model).name,
-        attack,
-        scenario,
-        target,
-        **_trigger(trigger, trigger_rule, trigger_mask),
+    found = evaluate_model(
+        model,
+        dataset=dataset,
+        split=split,
+        data_dir=data_dir,
+        attack=attack,
+        scenario=scenario,
+        target=target,
+        **trigger_options(trigger, trigger_rule, trigger_mask),
     )
-    _finish(defend.evaluate_model(model, dataset, split, chosen, data_dir), json)
+    finish(found, json)
 
 
 @command
@@ -233,10 +194,7 @@ def defend(
     model: Annotated[Path, arg(help="model file")],
     defense: Annotated[
         str,
-        arg(
-            help="ibau, finetune, neural-cleanse, deepinspect, tabor, fine-pruning, nad, dp-sgd or "
-            "naive"
-        ),
+        arg(help=DEFENSE_NAMES),
     ] = "ibau",
     preset: Annotated[
         str | None,
@@ -267,24 +225,24 @@ def defend(
     """Remove the backdoor from a model with a small clean set; write the result and a report."""
     from ibau_jax.commands import defend
 
-    _join(coordinator, num_processes, process_id)
+    join(coordinator, num_processes, process_id)
     found = defend.defend(
         model,
-        defense,
-        preset,
-        dataset,
-        clean,
-        split,
-        rounds,
-        poison_ratio,
-        seed,
-        out,
-        data_dir,
+        defense=defense,
+        preset=preset,
+        dataset=dataset,
+        clean=clean,
+        split=split,
+        rounds=rounds,
+        poison_ratio=poison_ratio,
+        seed=seed,
+        out=out,
+        data_dir=data_dir,
         progress=True,
-        on_note=_note,
+        on_note=note,
         num_devices=devices,
     )
-    _finish(found, json, rows=Path(found["report"]).parent)
+    finish(found, json, rows=Path(found["report"]).parent)
 
 
 @command
@@ -311,7 +269,8 @@ def convert(
 
     The file is read as data only: one that holds anything but tensors and plain values is refused.
     """
-    from ibau_jax.commands import attack_options, defend
+    from ibau_jax.commands import attack_options
+    from ibau_jax.commands import convert as work
     from ibau_jax.errors import check_name
 
     del seed  # nothing here is random
@@ -321,9 +280,10 @@ def convert(
         "none" if attack is None and trigger is None else attack,
         scenario or "one-target",
         target,
-        **_trigger(trigger, trigger_rule, trigger_mask),
+        **trigger_options(trigger, trigger_rule, trigger_mask),
     )
-    _finish(defend.convert(source, destination, dataset, chosen), json)
+    found = work.convert(source, destination, dataset=dataset, attacks=chosen)
+    finish(found, json)
 
 
 @command
@@ -334,7 +294,7 @@ def report(folder: Positional[Path], seed: Seed = 0, json: AsJson = False) -> No
 
     del seed  # nothing here is random
     rows = read_rows(folder)
-    _finish({"rows": rows, "report": str(write_report(folder))}, json, rows=folder)
+    finish({"rows": rows, "report": str(write_report(folder))}, json, rows=folder)
 
 
 @command
@@ -352,7 +312,7 @@ def reproduce(
     """Make a figure of the paper again: figure2 (the triggers, before and after patching)."""
     from ibau_jax.commands import reproduce
 
-    _finish(reproduce.reproduce(name, models, scale, out, seed, data_dir), json)
+    finish(reproduce.reproduce(name, models, scale, out, seed, data_dir), json)
 
 
 @command
@@ -368,18 +328,26 @@ def bound(
     json: AsJson = False,
 ) -> None:
     """Evaluate the paper's Theorem 3 on a model, term by term (a diagnostic, not a guarantee)."""
-    from ibau_jax.commands import defend
+    from ibau_jax.commands import bound as work
 
     del seed  # nothing here is random
-    found = defend.bound(model, dataset, clean, radius, margin, xi, data_dir)
+    found = work.bound(
+        model,
+        dataset=dataset,
+        clean=clean,
+        radius=radius,
+        margin=margin,
+        xi=xi,
+        data_dir=data_dir,
+    )
     if not json:
         for row in found["layers"]:
-            _note(
+            note(
                 "{layer:>10}: spectral norm {spectral:.3f}, (2,1) norm {two_one:.1f}".format(**row)
             )
-    _finish(found, json)
+    finish(found, json)
     if found["vacuous"]:
-        _note(f"the bound is vacuous: {found['total']:.3g}, where 1 is true of every model")
+        note(f"the bound is vacuous: {found['total']:.3g}, where 1 is true of every model")
 
 
 @command
@@ -397,7 +365,7 @@ def prepare(
 
     del seed  # nothing here is random
     found = prepare_dataset(dataset, data_dir, archives)
-    _finish({"dataset": dataset, "folder": str(found)}, json)
+    finish({"dataset": dataset, "folder": str(found)}, json)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -407,49 +375,16 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         _parse(arguments)()
     except InputError as error:
-        return _fail(str(error), 2)
+        option = error.argument and f" (--{error.argument.replace('_', '-')})"
+        return fail(f"{error}{option or ''}", 2)
     except LostProcess as error:
-        return _fail(str(error), 3)
+        return fail(str(error), 3)
     except KeyboardInterrupt:
         kept = "results of earlier runs are untouched"
-        return _fail(f"interrupted; {kept}, and 'ibau train --resume' goes on with a training", 130)
+        return fail(f"interrupted; {kept}, and 'ibau train --resume' goes on with a training", 130)
     except OSError as error:  # for example a full disk
-        return _fail(f"cannot read or write: {error}", 2)
+        return fail(f"cannot read or write: {error}", 2)
     return 0
-
-
-def _fail(text: str, status: int) -> int:
-    print(f"ibau: {printable(text)}", file=sys.stderr, flush=True)
-    if "ibau_jax.devices.processes" in sys.modules:
-        sys.modules["ibau_jax.devices.processes"].leave(status)
-    return status
-
-
-def _join(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
-    from ibau_jax.devices import processes
-
-    if coordinator is not None:
-        # Gloo, which connects CPUs, talks on stdout; that is for results alone.
-        results = os.dup(1)
-        os.dup2(2, 1)
-        sys.stdout = open(results, "w")  # noqa: SIM115  (until the process ends)
-        processes.start(coordinator, num_processes, process_id)
-    elif num_processes is not None or process_id is not None:
-        raise InputError(
-            "--num-processes or --process-id without --coordinator: give HOST:PORT of process 0"
-        )
-
-
-def _trigger(path: Path | None, rule: str | None, mask: Path | None) -> dict[str, Any]:
-    """Arguments of `make_attacks` for the options of a trigger of one's own."""
-    from ibau_jax.commands.attack_options import read_trigger
-
-    if path is not None:
-        own = read_trigger(path, rule or "add", mask)
-        return {"trigger": own, "rule": None, "trigger_name": path.stem}
-    if mask is not None:
-        raise InputError("a trigger mask without a trigger: give the picture by --trigger")
-    return {"rule": rule}
 
 
 def _parse(arguments: list[str] | None) -> Callable[[], None]:
@@ -478,35 +413,6 @@ def run() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a name may hold what its encoding has not
         sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(main())
-
-
-def _note(text: str) -> None:
-    print(f"ibau: {printable(text)}", file=sys.stderr)
-
-
-def _finish(found: dict[str, Any], as_json: bool, rows: Path | None = None) -> None:
-    """Print a result: JSON, or a table (of rows, where there are some) and the other values."""
-    if (
-        "ibau_jax.devices.processes" in sys.modules
-        and not sys.modules["ibau_jax.devices.processes"].is_first()
-    ):
-        return
-    if as_json:
-        from ibau_jax.files import to_json
-
-        print(to_json(found))
-        return
-    console = Console()
-    if rows is not None:
-        from ibau_jax.results.rows import print_table, read_rows
-
-        print_table(read_rows(rows), console)
-    for name, value in found.items():
-        if isinstance(value, float):
-            value = f"{value:.4f}" if abs(value) < 1e6 else f"{value:.3e}"
-        if not isinstance(value, dict | list) and value is not None:
-            # As `Text`: in a plain string rich would look for markup and emoji.
-            console.print(Text(f"{name:>16}  {printable(value)}"), soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def reproduce(
     """
     check_name("figure", name, FIGURES)
     check_name("scale", scale, SCALES)
-    return FIGURES[name](Path(models), SCALES[scale], make_folder(out), seed, data_dir)
+    return FIGURES[name](Path(models), SCALES[scale], make_folder(out, "out"), seed, data_dir)
 
 
 def figure2(

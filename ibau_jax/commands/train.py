@@ -4,19 +4,20 @@ import hashlib
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
 
-from ibau_jax.attacks import Attack, Trigger, check_ratio, poison_all, scenario_of
-from ibau_jax.commands.attack_options import describe
+from ibau_jax.attacks import Attack, Trigger, check_ratio, names_of, poison_all, scenario_of
 from ibau_jax.data import data_info, load
 from ibau_jax.data.cache import checksums
 from ibau_jax.devices import mesh, processes
 from ibau_jax.devices.mesh import Devices
 from ibau_jax.errors import InputError, check_name
 from ibau_jax.files import make_folder
-from ibau_jax.models.files import MAX_COPIES, Model, save_model, triggers_of
+from ibau_jax.models.files import MAX_COPIES, save_model, triggers_of
+from ibau_jax.models.model import Classifier
+from ibau_jax.models.stored import StoredModel
 from ibau_jax.models.vgg import build
 from ibau_jax.results.metrics import evaluator
 from ibau_jax.results.rows import versions
@@ -27,6 +28,7 @@ from ibau_jax.training.train import PRESETS, TrainConfig, train
 def check_options(
     out: str | Path,
     dataset: str,
+    *,
     poison_ratio: float | None = None,
     preset: str = "cpu",
     epochs: int | None = None,
@@ -70,7 +72,7 @@ def check_options(
         raise InputError(f"{str(out)!r} is {what}: expected a model file to write, by --out")
     devices = mesh.devices(num_devices)
     if processes.is_first():
-        make_folder(Path(out).parent)
+        make_folder(Path(out).parent, "out")
     if keep_states and jax.process_count() == 1:
         known = _settings(dataset, config, poison_ratio, copies, seed, clean)
         if epochs is None:
@@ -111,6 +113,7 @@ def train_model(
     out: str | Path,
     dataset: str,
     attacks: tuple[Attack, ...] = (),
+    *,
     poison_ratio: float | None = None,
     preset: str = "cpu",
     epochs: int | None = None,
@@ -160,14 +163,14 @@ def train_model(
     config, devices = check_options(
         out,
         dataset,
-        poison_ratio,
-        preset,
-        epochs,
-        copies,
-        seed,
-        resume,
-        keep_states,
-        num_devices,
+        poison_ratio=poison_ratio,
+        preset=preset,
+        epochs=epochs,
+        copies=copies,
+        seed=seed,
+        resume=resume,
+        keep_states=keep_states,
+        num_devices=num_devices,
         clean=not attacks,
     )
     ratio = _ratio(poison_ratio)
@@ -183,7 +186,7 @@ def train_model(
     if keep_states and jax.process_count() == 1:
         settings = {
             **_settings(dataset, config, poison_ratio, copies, seed, not attacks),
-            "attack": describe(attacks),
+            "attack": names_of(attacks),
             "targets": [attack.target for attack in attacks],
             "triggers": [_digest(trigger) for trigger in triggers],
             "data": checksums((clean.images, data.labels)),  # these tell the poisoned rows
@@ -193,9 +196,7 @@ def train_model(
         checkpoints = Checkpoints(_states(out), settings, resume, environment=where)
 
     started = time.perf_counter()
-    # The running statistics of batch norm change, so the "parameters" are all variables here.
-    measure = evaluator(cast(Any, module.apply), held_out, attacks)
-
+    measure = evaluator(Classifier(module), held_out, attacks)
     variables, history = train(
         module,
         data,
@@ -216,7 +217,7 @@ def train_model(
         "num_devices": len(devices.all),
         "versions": versions(),
     }
-    model = Model(variables, "vgg", info.num_classes, dataset, attacks, trained)
+    model = StoredModel(variables, "vgg", info.num_classes, dataset, attacks, trained)
     if first:
         save_model(out, model)
     if checkpoints is not None:
@@ -225,7 +226,7 @@ def train_model(
     final = {k: v for k, v in history[-1].items() if k not in ("epoch", "loss", "seconds")}
     return {
         "model": str(out),
-        "attack": describe(attacks),
+        "attack": names_of(attacks),
         "preset": preset,
         "epochs": config.epochs,
         **final,

@@ -24,8 +24,9 @@ def read(split: str, data_dir: str | Path | None = None) -> tuple[np.ndarray, np
     """
     if data_dir is not None:
         raise InputError(
-            f"a data folder {str(data_dir)!r} for digits, which come with scikit-learn: leave out "
-            "--data-dir, or choose another data set"
+            f"a data folder {str(data_dir)!r} for digits, which come with scikit-learn: leave it "
+            "out, or choose another data set",
+            argument="data_dir",
         )
     images, labels = _all()
     part = slice(0, SIZES["train"]) if split == "train" else slice(SIZES["train"], None)

@@ -33,7 +33,8 @@ def read(name: str, split: str, data_dir: str | Path | None = None) -> Arrays:
         raise InputError(
             f"the data set {name!r} is not prepared: expected ArrayRecord files of its split "
             f"{split!r} in {folder}; run 'ibau prepare {name}' (needs internet), or give the "
-            "folder that has it by --data-dir or TFDS_DATA_DIR"
+            "folder that has it, for example by TFDS_DATA_DIR",
+            argument="data_dir",
         )
     # The key changes with the files' sizes and the description, so that a data set that is
     # prepared anew is decoded anew. It leaves out times, which a plain copy changes.
@@ -65,8 +66,9 @@ def prepare(name: str, data_dir: str | Path | None = None, archives: str | Path 
     check_name("data set to prepare", name, VERSIONS)
     if archives is not None and name != "gtsrb":
         raise InputError(
-            f"--archives for {name}: expected gtsrb, whose archives are downloaded by hand; "
-            "leave it out"
+            f"a folder of archives for {name}: expected gtsrb, whose archives are downloaded by "
+            "hand; leave it out",
+            argument="archives",
         )
     root = dataset_folder(name, data_dir).parent.parent
     import tensorflow_datasets as tfds
@@ -78,7 +80,8 @@ def prepare(name: str, data_dir: str | Path | None = None, archives: str | Path 
             if not (Path(archives or "") / file).is_file():
                 raise InputError(
                     f"no official archive {file} in {str(archives)!r}: expected the three of "
-                    f"{', '.join(ARCHIVES.values())}; download them, or leave out --archives"
+                    f"{', '.join(ARCHIVES.values())}; download them, or leave the folder out",
+                    argument="archives",
                 )
         builder = Gtsrb(archives=archives, data_dir=root, file_format="array_record")
     else:

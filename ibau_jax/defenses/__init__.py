@@ -5,23 +5,23 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from ibau_jax.defenses import dp_sgd, fine_pruning, finetune, nad, naive
+from ibau_jax.defenses.ibau import unlearn
 from ibau_jax.defenses.inversion import deepinspect, neural_cleanse, tabor
+from ibau_jax.defenses.run import Method
 from ibau_jax.errors import check_name
 from ibau_jax.unlearning.config import PRESETS
-from ibau_jax.unlearning.ibau import Result, unlearn
 
 
 class Defense(NamedTuple):
     """A defense and its named settings.
 
     Attributes:
-      run: `run(model, variables, clean, config=, key=, evaluate=, on_round=, progress=,
-        devices=)`, with a `models.model.Classifier` and its variables, or a plain function.
+      method: called as `unlearn` is.
       presets: name -> function of the data set's name -> config; the first is the default.
       train_set: it is also given the training set (poisoned as it is), as `train_set=`.
     """
 
-    run: Callable[..., Result]
+    method: Method
     presets: dict[str, Callable[[str], Any]]
     train_set: bool = False
 

@@ -18,8 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ibau_jax.defenses.run import check_positive
-from ibau_jax.errors import InputError, check_name
+from ibau_jax.errors import InputError, check_name, check_positive
 from ibau_jax.hypergradient import Ball
 from ibau_jax.models.model import Logits, Params
 from ibau_jax.models.predict import predict

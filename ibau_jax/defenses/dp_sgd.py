@@ -7,7 +7,7 @@ A backdoor is learned from few images, whose gradients stand out; clipping and n
 What is left of the accuracy is another matter: with the paper's sigma of 50 the weights are noise.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,17 +17,13 @@ import numpy as np
 import optax
 
 from ibau_jax.data import Dataset
-from ibau_jax.defenses.run import Run, check_positive, finite, needs_module
-from ibau_jax.devices import mesh, processes
-from ibau_jax.devices.mesh import Devices
+from ibau_jax.defenses.run import Job, Rounds, Told, finite, method
 from ibau_jax.devices.microbatch import accumulate
-from ibau_jax.errors import InputError
-from ibau_jax.hypergradient.solvers import all_finite
-from ibau_jax.models.model import Classifier, Logits, Params, Variables, opened
-from ibau_jax.progress import progress_bar
+from ibau_jax.errors import InputError, check_positive
+from ibau_jax.models.model import Classifier, Params, Variables, needs_module
+from ibau_jax.progress import note_of
 from ibau_jax.training.loop import Rows, batches_of, shuffled
 from ibau_jax.unlearning.batches import check_clean
-from ibau_jax.unlearning.ibau import Result
 
 DELTA = 1e-5  # of the privacy that is reported, as in the code of Du et al.
 
@@ -68,19 +64,8 @@ PRESETS = {
 }
 
 
-def dp_sgd(
-    logits: Logits,
-    params: Params,
-    clean: Dataset,
-    *,
-    config: DPSGD = DPSGD(),  # noqa: B008  (frozen)
-    key: jax.Array,
-    evaluate: Callable[[Params], Mapping[str, Any]] | None = None,
-    on_round: Callable[[dict[str, Any]], None] | None = None,
-    progress: bool = False,
-    devices: Devices | None = None,
-    train_set: Dataset | None = None,
-) -> Result:
+@method(DPSGD())
+def dp_sgd(job: Job) -> Rounds:
     """Train the network anew on the poisoned set with DP-SGD (paper A.3.2).
 
     Min Du, Ruoxi Jia, Dawn Song, "Robust Anomaly Detection and Backdoor Attack Detection Via
@@ -89,40 +74,31 @@ def dp_sgd(
     Batch norm would mix the images of a batch, and no gradient would belong to one image. So it
     is frozen at identity statistics (mean 0, variance 1; scale and offset are trained), which the
     result keeps, and the forward pass is that of evaluation mode, without dropout. The paper does
-    not say what it did. A round is an epoch, with its mean `loss`; all else is as in
-    `ibau_jax.unlearn`.
+    not say what it did. A round is an epoch, with its mean `loss` (None: not finite).
 
-    Args:
-      logits: a `Classifier`, since the network is initialised anew.
-      params: its variables; only their shapes and dtypes are used (and round 0 measures them).
-      clean: checked, not used.
-      train_set: the poisoned training set, images [N, H, W, C] in [0, 1], labels [N].
-
-    Returns:
-      A `Result`; its `diagnostics` tell the privacy (`epsilon` for `delta`) and of what it comes.
+    It needs `train_set`, the poisoned training set: images [N, H, W, C] in [0, 1], labels [N]. Of
+    the variables only shapes and dtypes are used (and round 0 measures them); the clean set is
+    checked and not used. The diagnostics tell the privacy (`epsilon` for `delta`) and of what it
+    comes.
 
     Raises:
-      InputError: there is no training set or it is not as described, `logits` is a plain
-        function, or the parameters are no longer finite (the loss need not be).
+      InputError: there is no training set or it is not as described, or the model is no
+        `Classifier`.
     """
-    model = needs_module(logits, "dp-sgd", "initialises the network anew")
-    if train_set is None:
-        raise InputError(
-            "dp-sgd trains on the poisoned training set: expected train_set, found none; on the "
-            "command line give a model file made by `ibau train`, which tells how its set was "
-            "poisoned, or --poison-ratio R for an imported model"
-        )
-    check_clean(logits, params, clean)
-    _, given = opened(logits, params)
-    data = _checked(logits, params, train_set)
-    devices = devices or mesh.devices()
-    run = Run(model, params, evaluate, on_round)
-    run.record(given)
-
-    init_key, noise_key, order_key = jax.random.split(key, 3)
-    with run.compiling():
+    model, config, devices = job.model, job.config, job.devices
+    model = needs_module(model, "dp-sgd", "initialises the network anew")
+    data = _checked(model, job.variables, job.data.get("train_set"))
+    job.advice = (
+        f"expected a rate and a noise that the model bears, found {config.rate:g} and "
+        f"{config.noise_multiplier:g}: choose smaller ones"
+    )
+    row: dict[str, Any] = {}
+    yield job.variables, row
+    init_key, noise_key, order_key = jax.random.split(job.key, 3)
+    with job.compiling():
         variables = jax.jit(model.module.init)(init_key, data.images[:1])  # statistics 0 and 1
-    variables = jax.tree.map(lambda a, b: np.asarray(a, jnp.result_type(b)), variables, given)
+    kinds = jax.tree.map(jnp.result_type, job.variables)
+    variables = jax.tree.map(np.asarray, variables, kinds)
     count = len(data.labels)
     batch_size, per_epoch = batches_of(count, config.batch_size)
     noise = optax.contrib.differentially_private_aggregate(
@@ -132,40 +108,23 @@ def dp_sgd(
     state = devices.replicate((variables["params"], noise.init(variables["params"])))
     images, labels = devices.replicate((data.images, data.labels))
     devices.check_equal(images=images, labels=labels)  # processes may have made other triggers
-
-    def rows(epoch: int) -> Rows:
-        return shuffled(order_key, epoch, count, per_epoch, batch_size, devices)
-
-    step = run.compile(
-        devices,
-        make_step(model, fixed, config, noise, batch_size, devices.axis),
-        *(state, images, labels, rows(1), devices.replicate(np.int32(0))),
-        rows=(3,),
-        donate=(0,),
-    )
-    with progress_bar(config.epochs * per_epoch, "DP-SGD", progress) as advance:
+    step = make_step(model, fixed, config, noise, batch_size, devices.axis)
+    step = job.program(step, rows=(3,), donate=(0,))
+    with job.progress(config.epochs * per_epoch, "DP-SGD") as advance:
         for epoch in range(1, config.epochs + 1):
-            shares, losses = rows(epoch), []
-            for i in devices.each(per_epoch):
-                with processes.watch():
-                    state, loss = step(state, images, labels, shares, i)
-                    losses.append(float(devices.one(loss)))
-                advance(1, "")
+            rows = shuffled(order_key, epoch, count, per_epoch, batch_size, devices)
+            losses = []
+            for i in range(per_epoch):
+                state, loss = step(state, images, labels, rows, i)
+                losses.append(float(devices.one(loss)))
+                advance(1, note_of(row))
             devices.check_equal(state=state)
+            row = {"loss": finite(np.mean(losses))}
             # A copy: the next step takes the memory of the state.
-            variables = {"params": jax.tree.map(jnp.copy, devices.one(state[0])), **fixed}
-            if not all_finite(variables["params"]):
-                raise InputError(
-                    f"dp-sgd: the parameters are no longer finite in epoch {epoch}; expected a "
-                    f"rate and a noise that the model bears, found {config.rate:g} and "
-                    f"{config.noise_multiplier:g}: choose smaller ones"
-                )
-            loss = float(np.mean(losses))
-            run.record(variables, loss=finite(loss))
-            advance(0, f"loss {loss:.3f}")
+            yield {"params": jax.tree.map(jnp.copy, devices.one(state[0])), **fixed}, row
+        advance(0, note_of(row))
     steps = config.epochs * per_epoch
-    return run.result(
-        variables,
+    return Told(
         diagnostics={
             "epsilon": epsilon(config.noise_multiplier, batch_size / count, steps),
             "delta": DELTA,
@@ -174,7 +133,7 @@ def dp_sgd(
             "steps": steps,
             "sampling_probability": batch_size / count,
             "batch_norm": "frozen at identity",
-        },
+        }
     )
 
 
@@ -262,9 +221,14 @@ def epsilon(noise_multiplier: float, sampling_probability: float, steps: int) ->
     return found if np.isfinite(found) else None
 
 
-def _checked(logits: Logits, params: Params, train_set: Dataset) -> Dataset:
+def _checked(model: Classifier, variables: Variables, train_set: Dataset | None) -> Dataset:
     """`check_clean` for the training set."""
+    if train_set is None:
+        raise InputError(
+            "dp-sgd trains on the poisoned training set: expected train_set, found none",
+            argument="train_set",
+        )
     try:
-        return check_clean(logits, params, train_set)
+        return check_clean(model, variables, train_set)
     except InputError as error:
         raise InputError(f"train_set: {str(error).replace('clean', 'training')}") from error

@@ -5,8 +5,8 @@ cut in the order of their activity until the accuracy falls too far; fine-tuning
 channels held at zero repairs the rest.
 """
 
-import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +16,10 @@ import numpy as np
 
 from ibau_jax.data import Dataset
 from ibau_jax.defenses.finetune import Tuning, tune
-from ibau_jax.defenses.run import Run, check_positive, needs_module
-from ibau_jax.devices import mesh
-from ibau_jax.devices.mesh import Devices
-from ibau_jax.errors import InputError
-from ibau_jax.models.model import Classifier, Logits, Params, opened
-from ibau_jax.unlearning.batches import check_clean
-from ibau_jax.unlearning.ibau import Result
+from ibau_jax.defenses.run import Job, Rounds, Told, method
+from ibau_jax.errors import InputError, check_positive
+from ibau_jax.models.model import Classifier, Params, needs_module
+from ibau_jax.training.optimizers import Adam
 
 
 @dataclass(frozen=True)
@@ -37,7 +34,7 @@ class FinePruningConfig:
 
     drop: float = 0.2
     part: float = 0.2
-    tuning: Tuning = Tuning(epochs=5, optimizer="adam", rate=1e-3)  # noqa: RUF009  (frozen)
+    tuning: Tuning = Tuning(epochs=5, optimizer=Adam(1e-3))  # noqa: RUF009  (frozen)
 
     def __post_init__(self):
         check_positive(self, "drop", "part")
@@ -50,64 +47,46 @@ class FinePruningConfig:
 
 PRESETS = {
     "cpu": lambda dataset: FinePruningConfig(),
-    "paper": lambda dataset: FinePruningConfig(
-        tuning=Tuning(epochs=10, optimizer="adam", rate=1e-3)
-    ),
+    "paper": lambda dataset: FinePruningConfig(tuning=Tuning(epochs=10, optimizer=Adam(1e-3))),
 }
 
 
-def fine_pruning(
-    logits: Logits,
-    params: Params,
-    clean: Dataset,
-    *,
-    config: FinePruningConfig = FinePruningConfig(),  # noqa: B008  (frozen)
-    key: jax.Array,
-    evaluate: Callable[[Params], Mapping[str, Any]] | None = None,
-    on_round: Callable[[dict[str, Any]], None] | None = None,
-    progress: bool = False,
-    devices: Devices | None = None,
-) -> Result:
+@method(FinePruningConfig())
+def fine_pruning(job: Job) -> Rounds:
     """Prune the last convolution on a part of the clean set and fine-tune on the rest.
 
-    Arguments and result are those of `ibau_jax.unlearn`, but `logits` has to be a `Classifier`.
     Round 1 is the pruned model; the others are epochs of fine-tuning. The cut is made after
     the nonlinearity (a channel whose filter is zero still gives what its batch norm adds) and
     stays in the fine-tuning.
 
-    The result's `diagnostics`: `pruned` channels in the order in which they were cut, and
-    `activity` of all.
+    The diagnostics: `pruned` channels in the order in which they were cut, and `activity` of all.
 
     Raises:
-      InputError: the model has no convolution to prune, or a part of the clean set is empty.
+      InputError: the model is no `Classifier` or has no convolution to prune, or a part of the
+        clean set is empty.
     """
-    clean = check_clean(logits, params, clean)
-    devices = devices or mesh.devices()
-    model, variables = opened(logits, params)
-    model = needs_module(model, "fine-pruning", "cuts channels of the last convolution")
-    count = round(config.part * len(clean.labels))
-    if not 0 < count < len(clean.labels):
+    model = needs_module(job.model, "fine-pruning", "cuts channels of the last convolution")
+    count = round(job.config.part * len(job.clean.labels))
+    if not 0 < count < len(job.clean.labels):
         raise InputError(
-            f"{len(clean.labels)} clean images, {count} of them to prune by: expected at least "
+            f"{len(job.clean.labels)} clean images, {count} of them to prune by: expected at least "
             "one to prune by and one to fine-tune on; give more images or another part"
         )
-    split_key, key = jax.random.split(key)
-    order = np.asarray(jax.random.permutation(split_key, len(clean.labels)))
+    split_key, key = jax.random.split(job.key)
+    order = np.asarray(jax.random.permutation(split_key, len(job.clean.labels)))
     prune_by, rest = (
-        Dataset(clean.images[rows], clean.labels[rows]) for rows in (order[:count], order[count:])
+        Dataset(job.clean.images[rows], job.clean.labels[rows])
+        for rows in (order[:count], order[count:])
     )
-    run = Run(model, params, evaluate, on_round)
-    run.record(variables)
-    kept, activity, pruned, accuracy = prune(model, variables, prune_by, config.drop, run=run)
+    yield job.variables, {}
+    kept, activity, pruned, accuracy = prune(
+        model, job.variables, prune_by, job.config.drop, compiling=job.compiling
+    )
     cut = cutter(kept)
-    variables = {**variables, "params": cut(variables["params"])}
-    run.record(variables, channels=len(pruned), clean_part_acc=accuracy)
-    variables = tune(
-        run, model, variables, rest, config.tuning, key=key, devices=devices, project=cut,
-        progress=progress,
-    )  # fmt: skip
-    diagnostics = {"pruned": [int(c) for c in pruned], "activity": activity.tolist()}
-    return run.result(variables, diagnostics=diagnostics)
+    variables = {**job.variables, "params": cut(job.variables["params"])}
+    yield variables, {"channels": len(pruned), "clean_part_acc": accuracy}
+    yield from tune(job, variables, rest, job.config.tuning, key=key, project=cut)
+    return Told(diagnostics={"pruned": [int(c) for c in pruned], "activity": activity.tolist()})
 
 
 def prune(
@@ -116,7 +95,7 @@ def prune(
     data: Dataset,
     drop: float,
     batch_size: int = 50,
-    run: Run | None = None,
+    compiling: Callable[[], AbstractContextManager] = nullcontext,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
     """Which channels of the last convolution to keep.
 
@@ -127,7 +106,7 @@ def prune(
     gives about -1, whose absolute value, which some toolkits take, would rank it as active.
 
     Args:
-      run: whose clock is stopped while something is compiled; None: there is no clock.
+      compiling: entered while something is compiled.
 
     Returns:
       Mask bool [channels], activity [channels], channels cut in order, accuracy after it.
@@ -137,7 +116,7 @@ def prune(
     """
     look = jax.jit(lambda variables, images: _activity_and_features(model, variables, images))
     batches = [data.images[i : i + batch_size] for i in range(0, len(data.labels), batch_size)]
-    with run.compiling() if run else contextlib.nullcontext():
+    with compiling():
         for batch in {len(batch): batch for batch in batches}.values():
             look(variables, batch)
     parts = [look(variables, batch) for batch in batches]

@@ -4,7 +4,7 @@ The teacher is the model after fine-tuning on the clean set; the student starts 
 model as given and is fine-tuned with its attention maps held to the teacher's.
 """
 
-from collections.abc import Callable, Mapping
+from collections import deque
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,19 +12,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ibau_jax.data import Dataset
 from ibau_jax.defenses.finetune import MEASURED, Tuning, tune
-from ibau_jax.defenses.run import Run, needs_module
+from ibau_jax.defenses.run import Job, Rounds, Told, method
 from ibau_jax.devices import mesh
-from ibau_jax.devices.mesh import Devices
 from ibau_jax.errors import InputError
-from ibau_jax.models.model import Classifier, Logits, Params, opened
+from ibau_jax.models.model import Classifier, needs_module
 from ibau_jax.training.loop import batch_mean
-from ibau_jax.unlearning.batches import check_clean
-from ibau_jax.unlearning.ibau import Result
+from ibau_jax.training.optimizers import SGD
 from ibau_jax.unlearning.objective import cross_entropy
 
-SGD = Tuning(batch_size=64, rate=0.1, nesterov=True, decay=1e-4)
+
+def _tuning(
+    epochs: int, drops: tuple[tuple[float, float], ...], rate: float = 0.1, steps: int = 0
+) -> Tuning:
+    optimizer = SGD(rate, momentum=0.9, nesterov=True, decay=1e-4, drops=drops)
+    return Tuning(epochs=epochs, batch_size=64, steps=steps, optimizer=optimizer)
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,8 @@ class NADConfig:
     """
 
     betas: tuple[float, ...] = (500.0, 1000.0, 1000.0)
-    teacher: Tuning = replace(SGD, epochs=2, steps=60, drops=((1, 0.2),))  # noqa: RUF009  (frozen)
-    student: Tuning = replace(SGD, epochs=4, steps=100, drops=((2, 0.1),))  # noqa: RUF009
+    teacher: Tuning = _tuning(2, ((0.5, 0.2),), steps=60)  # noqa: RUF009  (frozen)
+    student: Tuning = _tuning(4, ((0.5, 0.1),), steps=100)  # noqa: RUF009
     crop: int = 4
     flip: bool = True
     cutout: int = 2
@@ -67,8 +69,11 @@ class NADConfig:
         config = cls(flip=dataset == "cifar10")
         if dataset in MEASURED:
             return config
-        slower = {n: replace(getattr(config, n), rate=0.03) for n in ("teacher", "student")}
-        return replace(config, **slower)
+        return replace(
+            config,
+            teacher=_tuning(2, ((0.5, 0.2),), rate=0.03, steps=60),
+            student=_tuning(4, ((0.5, 0.1),), rate=0.03, steps=100),
+        )
 
     @classmethod
     def paper(cls, dataset: str = "cifar10") -> "NADConfig":
@@ -78,63 +83,45 @@ class NADConfig:
         the third with 0.01. (That rate costs a VGG much of its accuracy.)
         """
         del dataset
-        fifths = tuple((epoch, 0.2) for epoch in range(2, 10, 2))
-        return cls(
-            teacher=replace(SGD, epochs=10, drops=fifths),
-            student=replace(SGD, epochs=20, drops=((2, 0.1),)),
-        )
+        fifths = tuple((epoch / 10, 0.2) for epoch in range(2, 10, 2))
+        return cls(teacher=_tuning(10, fifths), student=_tuning(20, ((0.1, 0.1),)))
 
 
 PRESETS = {"cpu": NADConfig.cpu, "paper": NADConfig.paper}
 
 
-def nad(
-    logits: Logits,
-    params: Params,
-    clean: Dataset,
-    *,
-    config: NADConfig = NADConfig(),  # noqa: B008  (frozen)
-    key: jax.Array,
-    evaluate: Callable[[Params], Mapping[str, Any]] | None = None,
-    on_round: Callable[[dict[str, Any]], None] | None = None,
-    progress: bool = False,
-    devices: Devices | None = None,
-) -> Result:
+@method(NADConfig())
+def nad(job: Job) -> Rounds:
     """Distil the attention of a fine-tuned copy of the model into it.
 
-    Arguments and result are those of `ibau_jax.unlearn`, but `logits` has to be a `Classifier`.
-    A round is an epoch of the student. The result's `diagnostics`: `teacher`, what
-    `evaluate` says of the teacher.
+    A round is an epoch of the student, with its mean `loss`. The teacher is among the `models`.
 
     Raises:
-      InputError: the model shows other than one map for each of `betas`.
+      InputError: the model is no `Classifier`, or shows other than one map for each of `betas`.
     """
-    clean = check_clean(logits, params, clean)
-    devices = devices or mesh.devices()
-    model, variables = opened(logits, params)
-    model = needs_module(model, "nad", "compares attention maps")
-    shown = jax.eval_shape(lambda v, x: model.look(v, x)[1], variables, clean.images[:1])
+    model = needs_module(job.model, "nad", "compares attention maps")
+    config, images = job.config, job.clean.images
+    shown = jax.eval_shape(lambda v, x: model.look(v, x)[1], job.variables, images[:1])
     if len(shown) != len(config.betas):
         raise InputError(
             f"the model shows {len(shown)} maps: expected {len(config.betas)}, one for each of "
             f"betas {config.betas}; a module shows what it sows (see ibau_jax.models.VGG)"
         )
-    teacher_key, key = jax.random.split(key)
-    run = Run(model, params, evaluate, on_round)
-    run.record(variables)
-    options = {"devices": devices, "progress": progress}
-    teacher = tune(
-        run, model, variables, clean, config.teacher, key=teacher_key, record=False,
-        objective=distillation(model, config, devices.axis, None), title="teacher", **options,
+    teacher_key, key = jax.random.split(job.key)
+    yield job.variables, {}
+    alone = distillation(model, config, job.devices.axis, None)
+    epochs = tune(
+        job, job.variables, job.clean, config.teacher, key=teacher_key, objective=alone,
+        title="teacher",
     )  # fmt: skip
-    with run.paused():
-        about_teacher = run.measured(teacher)
+    ((teacher, _),) = deque(epochs, maxlen=1)  # they are no rounds
     teacher = jax.tree.map(np.asarray, teacher)  # constants of the student's program
-    student = tune(
-        run, model, variables, clean, config.student, key=key,
-        objective=distillation(model, config, devices.axis, teacher), title="student", **options,
+    attentive = distillation(model, config, job.devices.axis, teacher)
+    yield from tune(
+        job, job.variables, job.clean, config.student, key=key, objective=attentive,
+        title="student",
     )  # fmt: skip
-    return run.result(student, diagnostics={"teacher": about_teacher})
+    return Told(models={"teacher": teacher})
 
 
 def distillation(model: Classifier, config: NADConfig, axis: str | None, teacher: Any | None):

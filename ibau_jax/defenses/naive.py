@@ -16,26 +16,22 @@ the first one of 500 images sends three quarters of what it fools to class 2 and
 So it lies in the method that ASR falls slowly and erratically.
 """
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from ibau_jax.data import Dataset
 from ibau_jax.defenses.deepfool import Universal, chunks, make_search
-from ibau_jax.defenses.run import Run, check_positive
-from ibau_jax.devices import mesh, processes
-from ibau_jax.devices.mesh import Devices
-from ibau_jax.errors import InputError
+from ibau_jax.defenses.run import Job, Rounds, Told, method
+from ibau_jax.errors import check_positive
 from ibau_jax.hypergradient import Direct
-from ibau_jax.models.model import Logits, Params, of_params, opened
-from ibau_jax.progress import progress_bar
-from ibau_jax.unlearning.batches import check_clean, make_batches, resolve, shuffled
+from ibau_jax.models.model import of_params
+from ibau_jax.progress import note_of
+from ibau_jax.training.optimizers import Adam, Optimizer, shown
+from ibau_jax.unlearning.batches import make_batches, resolve, shuffled
 from ibau_jax.unlearning.config import IBAUConfig
-from ibau_jax.unlearning.ibau import Result, make_descent
+from ibau_jax.unlearning.ibau import ibau
 
 
 @dataclass(frozen=True)
@@ -50,7 +46,7 @@ class Naive:
       batch_size: clean images in a batch (a smaller clean set is one batch).
       share: share of each batch that carries the perturbation; at least one image always does.
         The paper's equation (1) has 1, I-BAU's published code 0.01.
-      outer_rate: learning rate of Adam.
+      outer_optimizer: of the parameters.
     """
 
     rounds: int = 5
@@ -58,7 +54,7 @@ class Naive:
     universal: Universal = Universal()  # noqa: RUF009  (frozen)
     batch_size: int = 100
     share: float = 1.0
-    outer_rate: float = 1e-3
+    outer_optimizer: Optimizer = Adam(1e-3)  # noqa: RUF009
 
     def __post_init__(self):
         check_positive(self, "images")
@@ -71,10 +67,7 @@ class Naive:
             rounds=self.rounds,
             batch_size=self.batch_size,
             share=self.share,
-            outer_optimizer="adam",
-            outer_rate=self.outer_rate,
-            outer_clip=None,
-            outer_decay="none",
+            outer_optimizer=self.outer_optimizer,
             solver=Direct(),
         )
 
@@ -88,89 +81,62 @@ PRESETS = {
 }
 
 
-def naive(
-    logits: Logits,
-    params: Params,
-    clean: Dataset,
-    *,
-    config: Naive = Naive(rounds=3, images=100, share=0.1),  # noqa: B008  (frozen)
-    key: jax.Array,
-    evaluate: Callable[[Params], Mapping[str, Any]] | None = None,
-    on_round: Callable[[dict[str, Any]], None] | None = None,
-    progress: bool = False,
-    devices: Devices | None = None,
-) -> Result:
+@method(Naive(rounds=3, images=100, share=0.1))
+def naive(job: Job) -> Rounds:
     """Train on clean images with a universal perturbation, again and again.
 
-    Arguments and result are those of `ibau_jax.unlearn`. Batch statistics and dropout are as in
-    evaluation, also of a `Classifier`. The perturbation is computed on one device of each
-    process, the training is spread; see `deepfool.make_search` for what rounding can do.
+    Batch statistics and dropout are as in evaluation, also of a `Classifier`. The perturbation is
+    computed on one device of each process, the training is spread; see `deepfool.make_search` for
+    what rounding can do.
 
-    Records of a round: `fooling_rate`, `unconverged` and `passes` of the perturbation (see
-    `deepfool.Found`), its `delta_norm` in the norm of its ball, and `loss`, the mean over the
-    pass. `deltas` are the perturbations.
-
-    Raises:
-      InputError: as `unlearn`.
+    A row has `fooling_rate`, `unconverged` and `passes` of the perturbation (see `deepfool.Found`),
+    its `delta_norm` in the norm of its ball, and `loss`, the mean over the pass. `deltas` are the
+    perturbations.
     """
-    clean = check_clean(logits, params, clean)
-    devices = devices or mesh.devices()
-    model, variables = opened(logits, params)
-
-    frozen = of_params(model, variables)
-    outer = resolve(
-        config.outer, frozen, variables["params"], clean.images, num_devices=len(devices.all)
+    config, devices, clean = job.config, job.devices, job.clean
+    logits, params = of_params(job.model, job.variables), job.variables["params"]
+    with job.compiling():
+        outer = resolve(config.outer, logits, params, clean.images, len(devices.all))
+    job.advice = (
+        "expected an outer_optimizer that the model bears, found "
+        f"{shown(config.outer_optimizer)}; choose a smaller rate"
     )
     count = min(config.images, len(clean.images))
-    order_key, batch_key, key = jax.random.split(key, 3)
+    order_key, batch_key, key = jax.random.split(job.key, 3)
     batches, sizes = make_batches(shuffled(clean, batch_key), outer, devices)
     rng = np.random.default_rng(np.asarray(jax.random.key_data(order_key)))
-    run = Run(model, params, evaluate, on_round)
-
-    optimizer = outer.outer_transform(config.rounds * len(sizes))
-    with run.compiling():
-        opt_state = jax.jit(optimizer.init)(variables["params"])
-    state = devices.replicate((variables["params"], opt_state, key))
-    zero, first = devices.replicate((jnp.zeros_like(clean.images[0]), np.int32(0)))
-    descent = make_descent(frozen, outer, optimizer, devices.axis)
-    descend = run.compile(devices, descent, state, zero, batches, first, rows=(2,))
-    with run.compiling():
-        search = make_search(frozen, devices.one(state[0]), clean.images[:count], config.universal)
-
+    algorithm = ibau(logits, outer, len(sizes), devices.axis, job.program)
+    with job.compiling():
+        state = devices.replicate(jax.jit(algorithm.init)(params, key))
+        search = make_search(
+            logits, devices.one(state.params), clean.images[:count], config.universal
+        )
+    row: dict[str, Any] = {}
+    yield job.variables, row
     deltas: list[np.ndarray] = []
     in_search = config.universal.passes * chunks(count)
-    title, steps = "adversarial training", config.rounds * (in_search + len(sizes))
-    run.record(variables)
-    with progress_bar(steps, title, progress) as advance:
-        for round_ in range(1, config.rounds + 1):
+    steps = config.rounds * (in_search + len(sizes))
+    with job.progress(steps, "adversarial training") as advance:
+        for _ in range(config.rounds):
             chosen = clean.images[rng.choice(len(clean.images), count, replace=False)]
-            found = search(devices.one(state[0]), chosen, rng, lambda n: advance(n, ""))
-            advance(in_search - found.passes * chunks(count), "")
+            found = search(devices.one(state.params), chosen, rng, advance)
+            advance(in_search - found.passes * chunks(count), note_of(row))
             delta = devices.replicate(found.delta)
             losses: list[float] = []
-            for index in devices.each(len(sizes)):
-                with processes.watch():
-                    state, step = descend(state, delta, batches, index)
-                    losses.append(float(devices.one(step).loss))
-                if not np.isfinite(losses[-1]):
-                    raise InputError(
-                        f"the loss is {losses[-1]} at step {len(losses)} of round {round_}: "
-                        "expected a rate that the model bears, found Adam with an outer_rate of "
-                        f"{config.outer_rate:g}; choose a smaller one"
-                    )
-                advance(1, "")
-            devices.check_equal(params=state[0], optimizer=state[1], delta=delta)
+            for index in range(len(sizes)):
+                state, step = algorithm.descend(state, delta, batches, index)
+                losses.append(float(devices.one(step.loss)))
+                job.check_finite("the loss", losses[-1])
+                advance(1)
+            devices.check_equal(state=state, delta=delta)
             deltas.append(np.asarray(found.delta))
-            record = run.record(
-                {**variables, "params": devices.one(state[0])},
-                delta_norm=float(config.universal.ball.size(found.delta)),
-                fooling_rate=found.fooling_rate,
-                unconverged=found.unconverged,
-                passes=found.passes,
-                loss=float(np.mean(losses)),
-            )
-            shown = ("fooling_rate", "acc", "asr")
-            values = [f"{k} {record[k]:.3f}" for k in shown if record.get(k) is not None]
-            advance(0, " ".join(values))
-    result = run.result({**variables, "params": devices.one(state[0])})
-    return result._replace(deltas=np.stack(deltas))
+            row = {
+                "delta_norm": float(config.universal.ball.size(found.delta)),
+                "fooling_rate": found.fooling_rate,
+                "unconverged": found.unconverged,
+                "passes": found.passes,
+                "loss": float(np.mean(losses)),
+            }
+            yield {**job.variables, "params": devices.one(state.params)}, row
+        advance(0, note_of(row))
+    return Told(deltas=np.stack(deltas))

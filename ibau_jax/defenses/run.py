@@ -1,122 +1,311 @@
-"""What the baselines share: the bookkeeping of a run, and checks."""
+"""The one driver of all defenses: it checks, compiles, times, watches, and yields records.
+
+A defense is a generator. Once it is sure that it can begin it yields the model as it was given,
+after each round the model and what there is to tell of the round; in the end it returns what it
+found out. `method` makes a function of it that is called as `unlearn` is:
+
+    @method(Config())
+    def defense(job: Job) -> Rounds:
+        step = job.program(make_step(job.model, job.config), rows=(1,))
+        row = {}
+        yield job.variables, row
+        with job.progress(job.config.rounds, "my defense") as advance:
+            for _ in range(job.config.rounds):
+                advance(1, note_of(row))
+                state, loss = step(state, batches)
+                row = {"loss": float(loss)}
+                yield state.variables, row
+        return Told(diagnostics={"flagged": [8]})
+
+Whoever runs it round by round can measure each model, keep the best, and stop when it is enough:
+
+    for record in defense.run(logits, params, clean, key=key):
+        record.row["acc"] = accuracy(record.params)
+"""
 
 import contextlib
+import itertools
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
+from ibau_jax.data import Dataset
+from ibau_jax.devices import mesh
 from ibau_jax.devices.mesh import Devices
 from ibau_jax.errors import InputError
-from ibau_jax.models.model import Classifier, Model, Params, Variables, closed
-from ibau_jax.unlearning.ibau import Result
+from ibau_jax.models.model import Logits, Model, Params, Variables, closed, opened
+from ibau_jax.progress import progress_bar
+from ibau_jax.unlearning.batches import check_clean
+
+Evaluate = Callable[[Params], Mapping[str, Any]]
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+class Told(NamedTuple):
+    """What a defense tells in the end.
+
+    Attributes:
+      deltas: perturbations that it unlearned, one a round, float [rounds, H, W, C], any range.
+      found: triggers that it reconstructed, by a caption that names the label, as pictures float
+        [H, W, C] in [0, 1].
+      diagnostics: of its decisions, as JSON values; those that look for triggers have `flagged`,
+        the labels that they hold for targets; `note` is a line for the user.
+      models: variables of other models that it made, by name, worth to be measured.
+    """
+
+    deltas: np.ndarray = np.zeros((0, 1, 1, 1), np.float32)
+    found: Mapping[str, np.ndarray] = NOTHING
+    diagnostics: Mapping[str, Any] = NOTHING
+    models: Mapping[str, Variables] = NOTHING
+
+
+Rounds = Generator[tuple[Variables, dict[str, Any]], None, Told]
+
+
+class Record(NamedTuple):
+    """A round.
+
+    Attributes:
+      row: `round` (0: the model as it was given), what the defense tells of the round, and
+        `seconds` (without compiling, and without what is done between the rounds). What is added
+        to it stands in the history.
+      params: the model after the round, in the form and the dtypes it was given in; they stay
+        valid.
+    """
+
+    row: dict[str, Any]
+    params: Params
+
+
+class Result(NamedTuple):
+    """What a defense returns.
+
+    Attributes:
+      params: the cleaned model, in the form and the dtypes it was given in.
+      history: the rows of the records, from round 1 on.
+      seconds: sum over the rounds.
+      compile_seconds: tracing and compiling.
+      deltas, found, diagnostics: see `Told`; of other models that the defense made the
+        diagnostics have what `evaluate` says of them, by their names.
+    """
+
+    params: Params
+    history: list[dict[str, Any]]
+    seconds: float
+    compile_seconds: float
+    deltas: np.ndarray
+    found: Mapping[str, np.ndarray]
+    diagnostics: Mapping[str, Any]
+
+
+@dataclass
+class Job:
+    """What a defense is given, and what it leaves to the driver.
+
+    Attributes:
+      model, variables: see `models.model.opened`.
+      clean: the checked clean set, images in [0, 1].
+      config: the settings of the defense.
+      key: random key.
+      devices: over which batches are spread.
+      num_classes: of the model.
+      data: other data sets, by name.
+      shown: whether there are progress bars.
+      advice: what to do where the numbers are no longer finite; the defense says it.
+      compile_seconds: so far.
+    """
+
+    model: Model
+    variables: Variables
+    clean: Dataset
+    config: Any
+    key: jax.Array
+    devices: Devices
+    num_classes: int
+    data: Mapping[str, Any] = field(default_factory=dict)
+    shown: bool = False
+    advice: str = "choose a smaller learning rate"
+    compile_seconds: float = 0.0
+
+    def program(
+        self, function: Callable, *, rows: tuple[int, ...] = (), donate: tuple[int, ...] = ()
+    ) -> Callable:
+        """`Devices.program`, the time of its compilation counted apart."""
+        return self.devices.program(function, rows=rows, donate=donate, compiling=self.compiling)
+
+    @contextlib.contextmanager
+    def compiling(self) -> Iterator[None]:
+        """What happens inside counts as compilation."""
+        started = time.perf_counter()
+        yield
+        self.compile_seconds += time.perf_counter() - started
+
+    def progress(self, total: int, title: str):
+        """A progress bar on stderr; see `progress.progress_bar`."""
+        return progress_bar(total, title, self.shown)
+
+    def check_finite(self, what: str, *values: Any) -> None:
+        """Raise `InputError`, with the `advice`, unless all `values` (arrays) are finite."""
+        if not all(bool(np.isfinite(leaf).all()) for leaf in jax.tree.leaves(values)):
+            raise InputError(f"{what} is no longer finite: {self.advice}")
 
 
 class Run:
-    """Records of a run, and its seconds with compilation and evaluation apart.
+    """A run of a defense, to be iterated over once; see `Method.run`. Yields `Record`s."""
 
-    The clock starts with the record of round 0.
+    def __init__(self, rounds: Callable[[Job], Rounds], job: Job, given: Params):
+        self._job, self._given = job, given
+        self._params: Params = given
+        self._history: list[dict[str, Any]] = []
+        self._told = Told()
+        self._records = self._iterate(rounds(job))
 
-    Args:
-      model: from `models.model.opened`.
-      given: the parameters as they were given; results come in their form and dtypes.
-      evaluate, on_round: as for `ibau_jax.unlearn`.
-    """
+    def __iter__(self) -> Iterator[Record]:
+        return self._records
 
-    def __init__(
-        self,
-        model: Model,
-        given: Params,
-        evaluate: Callable[[Params], Mapping[str, Any]] | None,
-        on_round: Callable[[dict[str, Any]], None] | None,
-    ):
-        self.history: list[dict[str, Any]] = []
-        self.seconds = self.compile_seconds = 0.0
-        self._model, self._given = model, given
-        self._evaluate, self._on_round = evaluate, on_round
-        self._since = time.perf_counter()
+    def _iterate(self, rounds: Rounds) -> Iterator[Record]:
+        job = self._job
+        for number in itertools.count():
+            started, compiled = time.perf_counter(), job.compile_seconds
+            try:
+                variables, row = next(rounds)
+            except StopIteration as end:
+                self._told = end.value
+                return
+            seconds = time.perf_counter() - started - (job.compile_seconds - compiled)
+            told = dict(row)
+            row.clear()  # and not a new one, since the defense shows what is added to it
+            row.update({"round": number, **told, "seconds": seconds if number else 0.0})
+            if number:
+                job.check_finite(f"a parameter after round {number}", variables["params"])
+                self._params = closed(job.model, variables, self._given)
+                self._history.append(row)
+            yield Record(row, self._params)
 
-    def compile(
-        self,
-        devices: Devices,
-        function: Callable,
-        *args: Any,
-        rows: tuple[int, ...] = (),
-        donate: tuple[int, ...] = (),
-    ) -> Callable:
-        """`Devices.compile`, its time counted as compilation."""
-        with self.compiling():
-            return devices.compile(function, *args, rows=rows, donate=donate)
-
-    @contextlib.contextmanager
-    def compiling(self):
-        """What happens inside counts as compilation."""
-        started = time.perf_counter()
-        with self.paused():
-            yield
-        self.compile_seconds += time.perf_counter() - started
-
-    @contextlib.contextmanager
-    def paused(self):
-        """Stop the clock for a while."""
-        started = time.perf_counter()
-        yield
-        self._since += time.perf_counter() - started
-
-    def record(self, variables: Variables, **values: Any) -> dict[str, Any]:
-        """Measure the model and keep the record of a round (0: the model as given)."""
-        seconds = time.perf_counter() - self._since if self.history else 0.0
-        record = {"round": len(self.history), **values, "seconds": seconds}
-        self.seconds += seconds
-        record |= self.measured(variables)
-        if self._on_round is not None:
-            self._on_round(record)
-        self.history.append(record)
-        self._since = time.perf_counter()
-        return record
-
-    def measured(self, variables: Variables) -> dict[str, Any]:
-        """What `evaluate` says of a model."""
-        return {} if self._evaluate is None else dict(self._evaluate(self._closed(variables)))
-
-    def result(self, variables: Variables, **fields: Any) -> Result:
-        """`fields`: `found`, `diagnostics` of `Result`."""
+    def result(self, evaluate: Evaluate | None = None) -> Result:
+        """Run to the end, `evaluate(params)` put into the row of each round that is left."""
+        for record in self:
+            if evaluate is not None:
+                record.row.update(evaluate(record.params))
+        others = {}
+        if evaluate is not None:
+            others = {
+                name: dict(evaluate(closed(self._job.model, variables, self._given)))
+                for name, variables in self._told.models.items()
+            }
         return Result(
-            params=self._closed(variables),
-            history=self.history[1:],
-            deltas=np.zeros((0, 1, 1, 1), np.float32),
-            seconds=self.seconds,
-            compile_seconds=self.compile_seconds,
-            **fields,
+            self._params,
+            self._history,
+            sum(row["seconds"] for row in self._history),
+            self._job.compile_seconds,
+            self._told.deltas,
+            self._told.found,
+            {**self._told.diagnostics, **others},
         )
 
-    def _closed(self, variables: Variables) -> Params:
-        return closed(self._model, variables, self._given)
 
+class Method:
+    """A defense as a function; `method` makes it.
 
-def needs_module(model: Any, defense: str, why: str) -> Classifier:
-    """The user's model, for a defense that cannot do with a plain function.
-
-    Raises:
-      InputError: it is no `Classifier`.
+    Attributes:
+      rounds: the generator (see the top of this file).
+      config: the default settings.
     """
-    if not isinstance(model, Classifier):
-        raise InputError(
-            f"{defense} {why}: expected a flax module as ibau_jax.models.Classifier(module) with "
-            "its variables, found a plain function"
+
+    def __init__(self, rounds: Callable[[Job], Rounds], config: Any):
+        self.rounds, self.config = rounds, config
+        self.__name__, self.__doc__ = rounds.__name__, rounds.__doc__
+
+    def run(
+        self,
+        logits: Logits,
+        params: Params,
+        clean: Dataset,
+        *,
+        config: Any = None,
+        key: jax.Array,
+        progress: bool = False,
+        devices: Devices | None = None,
+        **data: Any,
+    ) -> Run:
+        """A run to iterate over, round by round; nothing long happens before.
+
+        Args:
+          logits: pure function `logits(params, images [N, H, W, C]) -> [N, num_classes]` in
+            evaluation mode (dropout off, batch statistics fixed), which is trained as it is; or a
+            `models.Classifier`, which defenses can also train with batch statistics and dropout,
+            and look into.
+          params: pytree of floating-point arrays; of a `Classifier` the whole variables, of which
+            the collection `params` is trained. They come back in the dtypes they are given in.
+          clean: correctly labelled images without trigger, [N, H, W, C] in [0, 1], any size and
+            any order.
+          config: settings; None: the default ones.
+          key: random key (`jax.random.key(seed)`); decides, with the arguments before it, the
+            result.
+          progress: show progress bars on stderr.
+          devices: over which each batch is spread (`devices.mesh.devices`); default: all of all
+            processes. The result is the same but for rounding. With many processes all call this
+            with the same arguments.
+          data: what the defense needs besides, such as `train_set`.
+
+        Raises:
+          InputError: the model or the clean set are not as described; in the run, the defense
+            needs what the model does not have, or numbers are no longer finite.
+        """
+        clean = check_clean(logits, params, clean)
+        model, variables = opened(logits, params)
+        job = Job(
+            model,
+            variables,
+            clean,
+            self.config if config is None else config,
+            key,
+            devices or mesh.devices(),
+            num_classes=jax.eval_shape(logits, params, clean.images[:1]).shape[1],
+            data=data,
+            shown=progress,
         )
-    return model
+        return Run(self.rounds, job, params)
+
+    def __call__(
+        self,
+        logits: Logits,
+        params: Params,
+        clean: Dataset,
+        *,
+        config: Any = None,
+        key: jax.Array,
+        evaluate: Evaluate | None = None,
+        progress: bool = False,
+        devices: Devices | None = None,
+        **data: Any,
+    ) -> Result:
+        """`run` to the end.
+
+        Args:
+          evaluate: `evaluate(params) -> mapping` is called before the first round and after each;
+            what it gives is put into the round's row (for example ACC and ASR).
+
+        Returns:
+          A `Result`, the same in each process.
+        """
+        options = {"config": config, "key": key, "progress": progress, "devices": devices}
+        return self.run(logits, params, clean, **options, **data).result(evaluate)
+
+    def __repr__(self) -> str:
+        return f"<defense {self.__name__}, by default {self.config}>"
+
+
+def method(config: Any) -> Callable[[Callable[[Job], Rounds]], Method]:
+    """Make a `Method` of a generator; `config` are its default settings."""
+    return lambda rounds: Method(rounds, config)
 
 
 def finite(value: Any) -> float | None:
     """A float for JSON, which knows neither NaN nor infinity."""
     return float(value) if np.isfinite(value) else None
-
-
-def check_positive(config: Any, *names: str) -> None:
-    """Fields of a config that are numbers above zero (None: left open)."""
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not value > 0:
-            raise InputError(f"{name} is {value}: expected a positive number")

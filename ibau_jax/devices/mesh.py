@@ -1,15 +1,18 @@
 """The one place that knows of devices: which there are, and what lies on which.
 
-A program is written for one device and its share of the rows. `Devices.compile` maps it over
-all devices of all processes by `jax.pmap`; inside, `total` adds up over them. Everything but
-the rows is replicated: it is computed everywhere, from sums that are the same everywhere, so it
-stays the same without being sent.
+A program is written for one device and its share of the rows. `Devices.program` maps it over
+all devices of all processes, by `jax.pmap` or by `jax.shard_map`; inside, `total` adds up over
+them. Everything but the rows is replicated: it is computed everywhere, from sums that are the same
+everywhere, so it stays the same without being sent.
 
 Row r of a batch lies on device r mod N, in place r div N. So every device has its part of any
 first few rows, and what a device has too few of at the end is filled up with rows of weight 0.
 """
 
-from collections.abc import Callable, Iterator
+import contextlib
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import jax
@@ -18,16 +21,25 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ibau_jax.errors import InputError
+from ibau_jax.devices import processes
+from ibau_jax.errors import InputError, check_name
 
 AXIS = "devices"
+MAPPINGS = ("pmap", "shard_map")
 Tree = Any
 
 
 class Devices(NamedTuple):
-    """The devices of a run, in the order of their shares; `devices` finds them."""
+    """The devices of a run, in the order of their shares; `devices` finds them.
+
+    Attributes:
+      all: `jax.Device` objects.
+      mapping: what maps a program over them, of `MAPPINGS`. Both give the same numbers and the
+        same messages; `jax.pmap`, which is implemented by the other, is in maintenance.
+    """
 
     all: tuple[Any, ...]
+    mapping: str = "pmap"
 
     @property
     def axis(self) -> str | None:
@@ -56,21 +68,47 @@ class Devices(NamedTuple):
         Args:
           function: may use `total` and `numbers` with the axis `self.axis`; its result must be
             the same on all devices.
-          args: the arguments in `rows` from `share`, the others from `replicate`.
+          args: the arguments in `rows` from `share`, the others from `replicate`: global arrays,
+            which lie where the program wants them, so that a call moves none.
           donate: arguments whose memory the results may take.
         """
-        mapped = jax.pmap(
-            function,
-            axis_name=AXIS,
-            in_axes=tuple(0 if i in rows else None for i in range(len(args))),
-            out_axes=None,
-            devices=self.all,
-            donate_argnums=donate,
-        )
+        mapped = self._map(function, len(args), rows, donate)
         # What a program draws for the whole batch, and cuts its own rows out of, begins with the
         # same numbers however many rows of padding there are, hence on any number of devices.
         with jax.threefry_partitionable(True):
-            return mapped.lower(*args).compile()  # pyright: ignore[reportFunctionMemberAccess]
+            return mapped.lower(*args).compile()
+
+    def program(
+        self,
+        function: Callable,
+        *,
+        rows: tuple[int, ...] = (),
+        donate: tuple[int, ...] = (),
+        compiling: Callable[[], AbstractContextManager] = contextlib.nullcontext,
+    ) -> Callable:
+        """`function` on all devices, compiled at its first call for arguments like those.
+
+        Whole numbers among the arguments are replicated. Each call waits for its result, and tells
+        a lost process from other failures.
+
+        Args:
+          rows, donate: see `compile`.
+          compiling: entered while it compiles, for example to take the time.
+
+        Raises:
+          LostProcess: by a call, where a collective failed.
+        """
+        compiled: list[Callable] = []
+
+        def call(*args: Tree) -> Tree:
+            args = tuple(self.replicate(np.int32(a)) if isinstance(a, int) else a for a in args)
+            if not compiled:
+                with compiling():
+                    compiled.append(self.compile(function, *args, rows=rows, donate=donate))
+            with processes.watch():
+                return jax.block_until_ready(compiled[0](*args))
+
+        return call
 
     def share(self, rows_of: Callable[[int], Tree]) -> Tree:
         """Put on each device of this process its own rows: `rows_of(number)`, NumPy arrays."""
@@ -110,10 +148,6 @@ class Devices(NamedTuple):
 
         return jax.tree.map(put, tree)
 
-    def each(self, stop: int, start: int = 0) -> Iterator[Tree]:
-        """`range(start, stop)` as replicated int32 scalars."""
-        return (self.replicate(np.int32(i)) for i in range(start, stop))
-
     def one(self, tree: Tree) -> Tree:
         """This process's own copy of replicated arrays."""
         return jax.tree.map(lambda a: a.addressable_data(0), tree)
@@ -129,10 +163,9 @@ class Devices(NamedTuple):
         if len(self.all) == 1:
             return
         leaves = jax.tree_util.tree_leaves_with_path(jax.tree.map(_plain, trees))
-        gather = jax.pmap(_checksums, AXIS, in_axes=(0, None), out_axes=None, devices=self.all)
         values = [leaf for _, leaf in leaves]
         marker = self.share(lambda i: np.zeros(()))
-        sums = np.asarray(self.one(gather(marker, values)))
+        sums = np.asarray(self.one(_gather(self)(marker, values)))
         for (path, _), found in zip(leaves, sums.T, strict=True):
             odd = np.flatnonzero(found != found[0])
             if len(odd):
@@ -142,31 +175,60 @@ class Devices(NamedTuple):
                     "of ibau_jax or a fault of a device"
                 )
 
+    def _map(
+        self, function: Callable, count: int, rows: tuple[int, ...], donate: tuple[int, ...] = ()
+    ) -> Any:
+        """`function` of so many arguments, mapped over the devices; see `compile`."""
+        if self.mapping == "pmap":
+            axes = tuple(0 if i in rows else None for i in range(count))
+            return jax.pmap(
+                function,
+                axis_name=AXIS,
+                in_axes=axes,
+                out_axes=None,
+                devices=self.all,
+                donate_argnums=donate,
+            )
+
+        def own(*args):  # here a device's rows keep the axis of the devices, of length 1
+            args = (jax.tree.map(lambda a: a[0], a) if i in rows else a for i, a in enumerate(args))
+            return function(*args)
+
+        specs = tuple(PartitionSpec(AXIS) if i in rows else PartitionSpec() for i in range(count))
+        everywhere = PartitionSpec()
+        mapped = jax.shard_map(
+            own, mesh=self._mesh, in_specs=specs, out_specs=everywhere, check_vma=False
+        )
+        return jax.jit(mapped, donate_argnums=donate)
+
     @property
     def _mesh(self) -> Mesh:
         return Mesh(np.array(self.all), (AXIS,))
 
 
-def devices(count: int | None = None) -> Devices:
-    """The first `count` devices, or all, of all processes.
+def devices(count: int | None = None, mapping: str = "pmap") -> Devices:
+    """The first `count` devices, or all, of all processes; `mapping`: see `Devices`.
 
     Raises:
       InputError: there are fewer, or a process would have none.
     """
-    processes = range(jax.process_count())
-    found = [d for i in processes for d in jax.devices() if d.process_index == i]
+    check_name("mapping", mapping, MAPPINGS)
+    numbers = range(jax.process_count())
+    found = [d for i in numbers for d in jax.devices() if d.process_index == i]
     count = len(found) if count is None else count
     if not 1 <= count <= len(found):
         raise InputError(
             f"{count} devices were asked for: expected 1 to {len(found)}, what {len(found)} "
-            f"{found[0].platform} device(s) in {len(processes)} process(es) allow"
+            f"{found[0].platform} device(s) in {len(numbers)} process(es) allow",
+            argument="devices",
         )
-    if count < len(found) and len(processes) > 1:
+    if count < len(found) and len(numbers) > 1:
         raise InputError(
-            f"{count} of {len(found)} devices were asked for in {len(processes)} processes: every "
-            "process takes part with all of its devices; leave --devices out"
+            f"{count} of {len(found)} devices were asked for in {len(numbers)} processes: every "
+            "process takes part with all of its devices; ask for no number",
+            argument="devices",
         )
-    return Devices(tuple(found[:count]))
+    return Devices(tuple(found[:count]), mapping)
 
 
 def total(tree: Tree, axis: str | None) -> Tree:
@@ -184,6 +246,11 @@ def numbers(count: int, axis: str | None) -> jax.Array:
 def width(axis: str | None) -> int:
     """How many devices there are."""
     return 1 if axis is None else lax.axis_size(axis)
+
+
+@functools.cache
+def _gather(on: Devices) -> Callable:
+    return on._map(_checksums, 2, rows=(0,))
 
 
 def _checksums(_, arrays):

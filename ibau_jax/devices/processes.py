@@ -12,7 +12,8 @@ import jax
 
 from ibau_jax.errors import InputError, LostProcess, first_line
 
-SILENCE = 20.0  # seconds without a sign of life after which a process counts as lost
+# Seconds without a sign of life after which a process counts as lost.
+SILENCE = float(os.environ.get("IBAU_SILENCE", 20))
 
 
 def start(
@@ -39,9 +40,9 @@ def start(
         )
     except (ValueError, RuntimeError) as error:
         raise InputError(
-            f"cannot join the other processes: {first_line(error)}; give --coordinator HOST:PORT "
-            "of process 0, --num-processes and --process-id to each process, or --coordinator auto "
-            "on a cluster that JAX knows"
+            f"cannot join the other processes: {first_line(error)}; give each process HOST:PORT of "
+            "process 0, the number of processes and its own, or 'auto' on a cluster that JAX knows",
+            argument="coordinator",
         ) from error
     ended = threading.Event()
     threading.Thread(target=_watch_others, args=(ended,), daemon=True).start()
@@ -50,7 +51,7 @@ def start(
 
 def is_first() -> bool:
     """Is this the process that writes files and prints results?"""
-    return jax.process_index() == 0
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 @contextlib.contextmanager
@@ -70,7 +71,7 @@ def watch() -> Iterator[None]:
 
 def leave(status: int) -> None:
     """End this process without waiting for the others, which may never answer."""
-    if jax.process_count() > 1:
+    if jax.distributed.is_initialized() and jax.process_count() > 1:
         os._exit(status)
 
 

@@ -25,7 +25,8 @@ class Ball(NamedTuple):
         """The nearest point of the ball (line 5 of Algorithm 1); the identity inside."""
         if self.norm == "linf":
             return jax.tree.map(lambda d: jnp.clip(d, -self.radius, self.radius), delta)
-        unit = power_of_two(delta)  # so that no square leaves the range of numbers
+        # So that no square leaves the range of numbers, as it does in optax.projections.
+        unit = power_of_two(delta)
         size, radius = norm(scale(1 / unit, delta)), self.radius / unit
         outside = size > radius
         return scale(jnp.where(outside, radius / jnp.where(outside, size, 1), 1), delta)

@@ -5,10 +5,8 @@ can be measured anywhere with nothing else.
 """
 
 import functools
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -20,37 +18,16 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ibau_jax.attacks import RULES, Attack, Trigger
 from ibau_jax.errors import InputError
 from ibau_jax.files import atomic_path, to_json
+from ibau_jax.models.stored import IMAGE, StoredModel, flat
 from ibau_jax.models.vgg import ARCHITECTURES, build
 
 FORMAT = "ibau_jax model 3"  # the only key: safetensors writes several in random order
-IMAGE = (32, 32, 3)  # what the architectures read, so the shape of triggers
 MAX_COPIES = 1000  # of the training set that a model was trained on
 MAX_CLASSES = 100_000
 FLOATS = ("F16", "F32", "F64")
 
 
-@dataclass(frozen=True)
-class Model:
-    """A model with what is needed to use and to measure it.
-
-    Attributes:
-      variables: flax variables, `params` and `batch_stats`.
-      architecture: a name of `ibau_jax.models.vgg.ARCHITECTURES`.
-      num_classes: size of the output.
-      dataset: the data set it was trained on.
-      attacks: those on it, as far as they are known.
-      info: anything else, JSON values (seed, epochs, versions, where it came from).
-    """
-
-    variables: dict[str, Any]
-    architecture: str
-    num_classes: int
-    dataset: str
-    attacks: tuple[Attack, ...] = ()
-    info: dict[str, Any] = field(default_factory=dict)
-
-
-def save_model(path: str | Path, model: Model, dtype: Any = np.float32) -> Path:
+def save_model(path: str | Path, model: StoredModel, dtype: Any = np.float32) -> Path:
     """Write a model to `path` (safetensors), whole or not at all.
 
     Args:
@@ -62,7 +39,7 @@ def save_model(path: str | Path, model: Model, dtype: Any = np.float32) -> Path:
     """
     triggers = triggers_of(model.attacks)
     tensors = {}
-    for name, value in _flat(model.variables).items():
+    for name, value in flat(model.variables).items():
         with np.errstate(over="ignore"):
             tensors[name] = np.ascontiguousarray(value, dtype)
         if np.isinf(tensors[name]).any() and np.isfinite(value).all():
@@ -112,7 +89,7 @@ def triggers_of(attacks: Sequence[Attack]) -> list[Trigger]:
     return triggers
 
 
-def load_model(path: str | Path) -> Model:
+def load_model(path: str | Path) -> StoredModel:
     """Read a model that `save_model` wrote.
 
     Raises:
@@ -148,7 +125,7 @@ def load_model(path: str | Path) -> Model:
         Attack(name, trigger, target, header.num_classes)
         for (name, target, _), trigger in zip(header.attacks, triggers, strict=True)
     )
-    return Model(
+    return StoredModel(
         unflatten_dict(tensors, sep="/"),
         header.architecture,
         header.num_classes,
@@ -159,7 +136,7 @@ def load_model(path: str | Path) -> Model:
 
 
 class Header(NamedTuple):
-    """The metadata of a model file, as far as its types and ranges go; see `Model`.
+    """The metadata of a model file, as far as its types and ranges go; see `StoredModel`.
 
     Attributes:
       attacks: (name, target, rule of the trigger) of each.
@@ -343,19 +320,6 @@ def check_weights(
                 f"{where!r} holds a negative variance (first in {name}): expected running "
                 "variances of at least 0; train or convert the model again"
             )
-
-
-def _flat(variables: Mapping[str, Any]) -> dict[str, Any]:
-    return flatten_dict(variables, sep="/")
-
-
-def model_hash(model: Model) -> str:
-    """First 16 hex digits of a SHA-256 over names and weights; metadata does not change it."""
-    digest = hashlib.sha256()
-    for name, value in sorted(_flat(model.variables).items()):
-        digest.update(name.encode())
-        digest.update(np.ascontiguousarray(value, np.float32).tobytes())
-    return digest.hexdigest()[:16]
 
 
 @functools.cache

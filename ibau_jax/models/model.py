@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ibau_jax.errors import InputError
+
 Params = Any
 Variables = dict[str, Any]
 Logits = Callable[[Params, jax.Array], jax.Array]
@@ -118,6 +120,20 @@ def opened(logits: Logits, params: Params) -> tuple[Model, Variables]:
         return logits(jax.tree.map(lambda a, kind: a.astype(kind), widened, kinds), images)
 
     return Frozen(as_given), {"params": _widened(params)}
+
+
+def needs_module(model: Any, defense: str, why: str) -> Classifier:
+    """The user's model, for a defense that cannot do with a plain function.
+
+    Raises:
+      InputError: it is no `Classifier`.
+    """
+    if not isinstance(model, Classifier):
+        raise InputError(
+            f"{defense} {why}: expected a flax module as ibau_jax.models.Classifier(module) with "
+            "its variables, found a plain function"
+        )
+    return model
 
 
 def closed(model: Model, variables: Variables, given: Params) -> Params:

@@ -1,7 +1,7 @@
 """The loop of training and of fine-tuning: optax, jit; data and shuffling on the device."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,9 +11,9 @@ import numpy as np
 import optax
 
 from ibau_jax.data import Dataset
-from ibau_jax.devices import mesh, processes
+from ibau_jax.devices import mesh
 from ibau_jax.devices.mesh import Devices
-from ibau_jax.progress import progress_bar
+from ibau_jax.progress import note_of, progress_bar
 from ibau_jax.training.states import Checkpoints
 
 
@@ -25,94 +25,100 @@ class TrainState(NamedTuple):
     key: jax.Array
 
 
-def fit(
-    objective: Callable[..., tuple[jax.Array, Any]],
-    state: TrainState,
-    data: Dataset,
-    *,
-    optimizer: optax.GradientTransformation,
-    epochs: int,
-    batch_size: int,
-    order_key: jax.Array,
-    on_epoch: Callable[[dict[str, Any], Any], dict[str, Any]] = lambda record, variables: record,
-    project: Callable[[Any], Any] | None = None,
-    title: str = "train",
-    progress: bool = False,
-    devices: Devices,
-    compile: Callable[..., Callable] | None = None,
-    checkpoints: Checkpoints | None = None,
-) -> tuple[Any, list[dict[str, Any]]]:
-    """Minimise an objective over shuffled batches: the loop of training and of fine-tuning.
+class Fit:
+    """Minimises an objective over shuffled batches: the loop of training and of fine-tuning.
+
+    To be iterated over: after each epoch it yields a row with `epoch`, `loss` (its mean) and
+    `seconds`, to which more may be added. Whoever iterates looks whether the loss is finite.
 
     Args:
       objective: see `make_step`; `cross_entropy` makes the usual one.
       state: where to start.
       batch_size: at most the number of images.
       order_key: of the shuffling.
-      on_epoch: `on_epoch(record, variables) -> record` with `epoch`, `loss` (its mean) and
-        `seconds`.
       project: applied to the parameters after each step.
       title: of the progress bar.
-      compile: in place of `devices.compile`, for example to take its time.
+      bar: makes it, of steps and title; see `progress.progress_bar`.
+      program: in place of `devices.program`, for example to take the time of compiling.
       checkpoints: see `training.train.train`.
 
-    Returns:
-      The variables, on this process's own devices, and the records of the epochs.
+    Attributes:
+      history: the rows of all epochs so far, those before a resumption too.
     """
-    batch_size, per_epoch = batches_of(len(data.images), batch_size)
-    images, labels = devices.replicate((data.images, data.labels))
-    devices.check_equal(images=images, labels=labels)  # processes may have made other triggers
-    history: list[dict[str, Any]] = []
-    done, losses, earlier = 0, [], 0.0
-    if checkpoints is not None and (last := checkpoints.last(_stored(state))):
-        done, found, about = last
-        variables, opt_state, bits = found
-        key = jax.random.wrap_key_data(jnp.asarray(bits), impl=jax.random.key_impl(state.key))
-        state = TrainState(variables, opt_state, key)
-        history, losses, earlier = about["history"], about["losses"], about["seconds"]
-    state = devices.replicate(state)
-    step = None
 
-    def save(seconds: float) -> None:
-        if checkpoints is not None:
-            about = {"history": history, "losses": losses, "seconds": seconds}
-            checkpoints.save(done, _stored(devices.one(state)), about)
+    def __init__(
+        self,
+        objective: Callable[..., tuple[jax.Array, Any]],
+        state: TrainState,
+        data: Dataset,
+        *,
+        optimizer: optax.GradientTransformation,
+        epochs: int,
+        batch_size: int,
+        order_key: jax.Array,
+        project: Callable[[Any], Any] | None = None,
+        title: str = "train",
+        bar: Callable[[int, str], Any] = progress_bar,
+        devices: Devices,
+        program: Callable[..., Callable] | None = None,
+        checkpoints: Checkpoints | None = None,
+    ):
+        self.history: list[dict[str, Any]] = []
+        self._batch_size, self._per_epoch = batches_of(len(data.images), batch_size)
+        self._epochs, self._order_key, self._devices = epochs, order_key, devices
+        self._title, self._bar, self._checkpoints = title, bar, checkpoints
+        self._data = devices.replicate((data.images, data.labels))
+        devices.check_equal(data=self._data)  # processes may have made other triggers
+        self._done, self._losses, self._earlier = 0, [], 0.0
+        if checkpoints is not None and (last := checkpoints.last(_stored(state))):
+            self._done, (variables, opt_state, bits), about = last
+            key = jax.random.wrap_key_data(jnp.asarray(bits), impl=jax.random.key_impl(state.key))
+            state = TrainState(variables, opt_state, key)
+            self.history, self._losses = about["history"], about["losses"]
+            self._earlier = about["seconds"]
+        self._state = devices.replicate(state)
+        step = make_step(objective, optimizer, devices.axis, project)
+        self._step = (program or devices.program)(step, rows=(3,), donate=(0,))
 
-    with progress_bar(epochs * per_epoch, title, progress) as advance:
-        advance(done, "")
-        for epoch in range(done // per_epoch + 1, epochs + 1):
-            started = time.perf_counter() - earlier
-            shares = shuffled(order_key, epoch, len(data.images), per_epoch, batch_size, devices)
-            for i in devices.each(per_epoch, done % per_epoch):
-                if step is None:
-                    program = make_step(objective, optimizer, devices.axis, project)
-                    arguments = (state, images, labels, shares, i)
-                    build = compile or devices.compile
-                    step = build(program, *arguments, rows=(3,), donate=(0,))
-                with processes.watch():
-                    state, loss = step(state, images, labels, shares, i)
-                    losses.append(float(devices.one(loss)))
-                done += 1
-                advance(1, "")
-                if not np.isfinite(losses[-1]):
-                    break  # `on_epoch` sees it
-                if checkpoints is not None and done % per_epoch and checkpoints.due():
-                    save(time.perf_counter() - started)
-            devices.check_equal(state=state)
-            record = {
-                "epoch": epoch,
-                "loss": float(np.mean(losses)),
-                "seconds": time.perf_counter() - started,
-            }
-            # A copy: the next step takes the memory of the state.
-            record = on_epoch(record, jax.tree.map(jnp.copy, devices.one(state.variables)))
-            history.append(record)
-            losses, earlier = [], 0.0
-            save(0.0)
-            shown = ("loss", "acc", "asr")
-            values = [f"{k} {record[k]:.3f}" for k in shown if record.get(k) is not None]
-            advance(0, " ".join(values))
-    return devices.one(state.variables), history
+    @property
+    def variables(self) -> Any:
+        """Of the model, on this process's devices; a copy, since the next step takes the memory."""
+        return jax.tree.map(jnp.copy, self._devices.one(self._state.variables))
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        with self._bar(self._epochs * self._per_epoch, self._title) as advance:
+            advance(self._done, "")
+            for epoch in range(self._done // self._per_epoch + 1, self._epochs + 1):
+                row = self._epoch(epoch, advance)
+                yield row
+                self.history.append(row)
+                self._losses, self._earlier = [], 0.0
+                self._save(0.0)
+                advance(0, note_of(row))
+
+    def _epoch(self, epoch: int, advance: Callable[..., None]) -> dict[str, Any]:
+        started, count = time.perf_counter() - self._earlier, len(self._data[1])
+        rows = shuffled(
+            self._order_key, epoch, count, self._per_epoch, self._batch_size, self._devices
+        )
+        for i in range(self._done % self._per_epoch, self._per_epoch):
+            self._state, loss = self._step(self._state, *self._data, rows, i)
+            self._losses.append(float(self._devices.one(loss)))
+            self._done += 1
+            advance(1)
+            if not np.isfinite(self._losses[-1]):
+                break
+            due = self._checkpoints is not None and self._checkpoints.due()
+            if due and self._done % self._per_epoch:
+                self._save(time.perf_counter() - started)
+        self._devices.check_equal(state=self._state)
+        seconds = time.perf_counter() - started
+        return {"epoch": epoch, "loss": float(np.mean(self._losses)), "seconds": seconds}
+
+    def _save(self, seconds: float) -> None:
+        if self._checkpoints is not None:
+            about = {"history": self.history, "losses": self._losses, "seconds": seconds}
+            self._checkpoints.save(self._done, _stored(self._devices.one(self._state)), about)
 
 
 def batches_of(count: int, batch_size: int) -> tuple[int, int]:
@@ -168,7 +174,7 @@ def make_step(
 ):
     """`step(state, images, labels, rows, i) -> (state, loss)`: batch number i of `Rows`.
 
-    To be mapped over the devices (`Devices.compile`).
+    To be mapped over the devices (`Devices.program`).
 
     Args:
       objective: `objective(params, others, images, labels, weights, key) -> (loss, others)` on

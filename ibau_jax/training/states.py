@@ -168,8 +168,9 @@ class Checkpoints:
 def _check_wanted(folder: str | Path, resume: bool) -> None:
     if not resume:
         raise InputError(
-            f"{str(folder)!r} holds an unfinished training: go on with it by --resume, or "
-            "remove the folder to train anew"
+            f"{str(folder)!r} holds an unfinished training: resume it, or remove the folder to "
+            "train anew",
+            argument="resume",
         )
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,7 +16,8 @@ from ibau_jax.devices.mesh import Devices
 from ibau_jax.errors import InputError, check_name
 from ibau_jax.models.model import Classifier
 from ibau_jax.models.vgg import VGG
-from ibau_jax.training.loop import TrainState, batches_of, cross_entropy, fit
+from ibau_jax.progress import progress_bar
+from ibau_jax.training.loop import Fit, TrainState, batches_of, cross_entropy
 from ibau_jax.training.states import Checkpoints
 
 
@@ -127,17 +129,7 @@ def train(
     batch_size, per_epoch = batches_of(len(data.images), config.batch_size)
     optimizer = config.transform(config.epochs * per_epoch)
 
-    def on_epoch(record: dict[str, Any], variables: Any) -> dict[str, Any]:
-        if not np.isfinite(record["loss"]):
-            raise InputError(
-                f"the loss is {record['loss']} in epoch {record['epoch']}: training diverged; "
-                f"choose a smaller rate than {config.rate:g} (--preset cpu)"
-            )
-        if evaluate is not None and (progress or record["epoch"] == config.epochs):
-            return {**record, **evaluate(variables)}
-        return record
-
-    variables, history = fit(
+    fitting = Fit(
         cross_entropy(Classifier(module), devices.axis),
         TrainState(variables, optimizer.init(variables["params"]), key),
         data,
@@ -145,9 +137,17 @@ def train(
         epochs=config.epochs,
         batch_size=batch_size,
         order_key=order_key,
-        on_epoch=on_epoch,
-        progress=progress,
+        bar=partial(progress_bar, enabled=progress),
         devices=devices,
         checkpoints=checkpoints,
     )
-    return jax.tree.map(np.asarray, variables), history
+    for row in fitting:
+        if not np.isfinite(row["loss"]):
+            raise InputError(
+                f"the loss is {row['loss']} in epoch {row['epoch']}: training diverged; choose a "
+                f"smaller rate than {config.rate:g}, for example that of the preset cpu",
+                argument="preset",
+            )
+        if evaluate is not None and (progress or row["epoch"] == config.epochs):
+            row |= evaluate(fitting.variables)
+    return jax.tree.map(np.asarray, fitting.variables), fitting.history

@@ -1,12 +1,37 @@
 """`IBAUConfig`: everything in which the paper, the published code and our default differ."""
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import optax
 
 from ibau_jax.errors import InputError, check_name
 from ibau_jax.hypergradient import Ball, Neumann, NormalCG, Solver
+from ibau_jax.training.optimizers import SGD, Adam, Optimizer, transform
+
+
+@dataclass(frozen=True)
+class Relative:
+    """Steps of an ascent that are measured by the ball, whatever the size of the gradient.
+
+    Along the gradient (l2) or its sign (linf). Their lengths grow in proportion to their number,
+    and are rate * radius on average: the first steps decide which of the maxima is found.
+    """
+
+    rate: float = 0.05
+
+    def __post_init__(self):
+        if not self.rate > 0:
+            raise InputError(f"rate is {self.rate}: expected a positive number")
+
+    def within(self, ball: Ball, steps: int) -> optax.GradientTransformation:
+        """For `steps` steps in a ball."""
+        linf = ball.norm == "linf"
+        direction = optax.scale_by_sign() if linf else optax.normalize_by_update_norm()
+        length = self.rate * ball.radius
+        return optax.chain(
+            direction, optax.scale_by_schedule(lambda i: -length * (2 * i + 1) / steps)
+        )
 
 
 @dataclass(frozen=True)
@@ -25,20 +50,15 @@ class IBAUConfig:
       norm: ball of the perturbation, `l2` or `linf`.
       radius: its radius C, in the units of images in [0, 1].
       inner_steps: T, steps of an ascent; None: one pass over the batches, a batch a step.
-      inner_optimizer: `sgd` (delta + rate * gradient), `adam`, or `relative`: steps along the
-        gradient (l2) or its sign (linf) whose lengths grow in proportion to their number and
-        are rate * radius on average. The first steps decide which of the maxima is found.
-      inner_rate: its rate.
+      inner_optimizer: alpha, of delta: a `Relative`, or any `Optimizer`, such as `SGD(0.1)`.
       inner_labels: `true`, or `predicted` by the model for the clean image.
       penalty: factor of ||delta||^2 in the inner loss.
       project: onto the ball after `every-step` or `at-end` of the ascent.
       clip: keep patched images in [0, 1].
       outer_steps: outer steps after each ascent; None: a pass over all batches.
       share: share of each outer batch that carries delta; at least one image always does.
-      outer_optimizer: `sgd` or `adam`.
-      outer_rate: its rate.
-      outer_clip: largest norm of the gradient that the optimiser is given; None: no limit.
-      outer_decay: `none`, or `cosine` to zero over all rounds.
+      outer_optimizer: beta, of the parameters: any `Optimizer`, such as `Adam(1e-3)` or
+        `optax.adamw(1e-3)`.
       hessian: batch of the inner loss in the hypergradient: `first` or the `same` as the outer.
       hessian_images: how many images of that batch; None: all.
       solver: of the linear system with the inner Hessian.
@@ -56,18 +76,14 @@ class IBAUConfig:
     norm: str = "l2"
     radius: float = 10.0
     inner_steps: int | None = 50
-    inner_optimizer: str = "relative"
-    inner_rate: float = 0.05
+    inner_optimizer: Optimizer | Relative = Relative(0.05)  # noqa: RUF009  (frozen)
     inner_labels: str = "true"
     penalty: float = 0.0
     project: str = "every-step"
     clip: bool = True
     outer_steps: int | None = None
     share: float = 0.05
-    outer_optimizer: str = "adam"
-    outer_rate: float = 2e-3
-    outer_clip: float | None = 1.0
-    outer_decay: str = "cosine"
+    outer_optimizer: Optimizer = Adam(2e-3, schedule="cosine", clip=1.0)  # noqa: RUF009
     hessian: str = "same"
     hessian_images: int | None = 10
     solver: Solver = NormalCG(steps=2, damping=0.1)  # noqa: RUF009  (frozen)
@@ -82,10 +98,14 @@ class IBAUConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} is {value}: expected a whole number of at least 1")
-        for name in ("radius", "inner_rate", "outer_rate", "outer_clip"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise InputError(f"{name} is {getattr(self, name)}: expected a positive number")
+        if not self.radius > 0:
+            raise InputError(f"radius is {self.radius}: expected a positive number")
+        for name in ("inner_optimizer", "outer_optimizer"):
+            found = getattr(self, name)
+            if not (callable(found) or isinstance(found, Relative | optax.GradientTransformation)):
+                raise InputError(
+                    f"{name} is {found!r}: expected for example Adam(1e-3) or optax.adamw(1e-3)"
+                )
         if not 0 < self.share <= 1:
             raise InputError(f"share is {self.share}: expected a share of a batch in (0, 1]")
         if isinstance(self.microbatch, int) and self.microbatch < 1:
@@ -117,14 +137,11 @@ class IBAUConfig:
             shuffle=False,
             radius=10.0,
             inner_steps=10,
-            inner_optimizer="sgd",
-            inner_rate=0.1,
+            inner_optimizer=SGD(0.1),
             clip=False,
             outer_steps=1,
             share=1.0,
-            outer_rate=1e-3,
-            outer_clip=None,
-            outer_decay="none",
+            outer_optimizer=Adam(1e-3),
         )
 
     @classmethod
@@ -139,25 +156,21 @@ class IBAUConfig:
             shuffle=False,
             radius=10.0,
             inner_steps=None,
-            inner_optimizer="sgd",
-            inner_rate=10.0,
+            inner_optimizer=SGD(10.0),
             inner_labels="predicted",
             penalty=0.001,
             project="at-end",
             clip=False,
             outer_steps=None,
             share=0.01,
-            outer_optimizer="adam",
-            outer_rate=1e-3,
-            outer_clip=None,
-            outer_decay="none",
+            outer_optimizer=Adam(1e-3),
             hessian="first",
             hessian_images=None,
             solver=Neumann(terms=5, step=0.1),
             keep_diverged=True,
         )
         if dataset == "gtsrb":
-            return replace(config, inner_optimizer="adam", inner_rate=1.0, clip=True)
+            return replace(config, inner_optimizer=Adam(1.0), clip=True)
         return config
 
     @property
@@ -167,24 +180,14 @@ class IBAUConfig:
 
     def inner_transform(self, steps: int) -> optax.GradientTransformation:
         """The optimiser of an ascent of so many steps; it descends on the inner loss."""
-        if self.inner_optimizer == "relative":
-            linf = self.norm == "linf"
-            direction = optax.scale_by_sign() if linf else optax.normalize_by_update_norm()
-            length = self.inner_rate * self.radius
-            return optax.chain(
-                direction, optax.scale_by_schedule(lambda i: -length * (2 * i + 1) / steps)
-            )
-        return _OPTIMIZERS[self.inner_optimizer](self.inner_rate)
+        optimizer = self.inner_optimizer
+        if isinstance(optimizer, Relative):
+            return optimizer.within(self.ball, steps)
+        return transform(optimizer, steps)
 
     def outer_transform(self, steps: int) -> optax.GradientTransformation:
         """The optimiser of the parameters over `steps` outer steps."""
-        rate: Any = self.outer_rate
-        if self.outer_decay == "cosine":
-            rate = optax.cosine_decay_schedule(self.outer_rate, steps)
-        optimizer = _OPTIMIZERS[self.outer_optimizer](rate)
-        if self.outer_clip is None:
-            return optimizer
-        return optax.chain(optax.clip_by_global_norm(self.outer_clip), optimizer)
+        return transform(self.outer_optimizer, steps)
 
     def schedule(self, num_batches: int) -> list[tuple[int, int]]:
         """Ranges of outer batches in a round; an ascent comes before each."""
@@ -198,14 +201,10 @@ PRESETS = {
     "published": IBAUConfig.published,
 }
 
-_OPTIMIZERS = {"sgd": optax.sgd, "adam": optax.adam}
 _CHOICES = {
     "norm": ("l2", "linf"),
-    "inner_optimizer": ("relative", "sgd", "adam"),
     "inner_labels": ("true", "predicted"),
     "project": ("every-step", "at-end"),
-    "outer_optimizer": ("sgd", "adam"),
-    "outer_decay": ("none", "cosine"),
     "hessian": ("first", "same"),
     "route": ("explicit", "jaxopt"),
 }

@@ -3,10 +3,11 @@
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from ibau_jax.devices import mesh
 from ibau_jax.devices.microbatch import summed
-from ibau_jax.models.model import Logits
+from ibau_jax.models.model import Logits, Params
 from ibau_jax.unlearning.batches import Batch, images_in
 from ibau_jax.unlearning.config import IBAUConfig
 
@@ -73,3 +74,11 @@ def clip_images(images: jax.Array) -> jax.Array:
     """
     inside = (images >= 0) & (images <= 1)
     return jnp.where(inside, images, jnp.where(images > 0, 1.0, 0.0).astype(images.dtype))
+
+
+def predicted(logits: Logits, params: Params, images: jax.Array, config: IBAUConfig) -> jax.Array:
+    """Labels that the model gives: images [batches, B, H, W, C] -> int32 [batches, B]."""
+    rows = config.microbatch if isinstance(config.microbatch, int) else images.shape[1]
+    parts = images.reshape(-1, rows, *images.shape[2:])
+    labels = lax.map(lambda part: jnp.argmax(logits(params, part), -1), parts)
+    return labels.reshape(images.shape[:2]).astype(jnp.int32)

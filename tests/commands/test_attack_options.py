@@ -8,9 +8,10 @@ from conftest import random_variables
 from ibau_jax import InputError, load
 from ibau_jax.attacks import ATTACKS, Attack, Trigger, blend
 from ibau_jax.commands import attack_options
-from ibau_jax.commands.attack_options import attacks_on, make_attacks, network_of
-from ibau_jax.models.files import Model, save_model
+from ibau_jax.commands.attack_options import attacks_on, make_attacks
+from ibau_jax.models.files import save_model
 from ibau_jax.models.model import evaluation_logits
+from ibau_jax.models.stored import StoredModel
 from ibau_jax.models.vgg import build
 
 
@@ -19,7 +20,7 @@ def clean_model(tmp_path, monkeypatch):
     """A clean model file, and an empty cache."""
     monkeypatch.setenv("IBAU_CACHE", str(tmp_path / "cache"))
     return save_model(
-        tmp_path / "clean.safetensors", Model(random_variables(), "vgg", 10, "digits")
+        tmp_path / "clean.safetensors", StoredModel(random_variables(), "vgg", 10, "digits")
     )
 
 
@@ -44,10 +45,10 @@ def made(monkeypatch):
 
 
 def test_the_network_is_the_model():
-    model = Model(random_variables(), "vgg", 10, "digits")
+    model = StoredModel(random_variables(), "vgg", 10, "digits")
     images = np.asarray(load("digits", "test[:8]").images)
     with jax.default_matmul_precision("highest"):
-        found = network_of(model).logits(images)
+        found = model.network.logits(images)
         expected = evaluation_logits(build("vgg", 10), model.variables)(
             model.variables["params"], images
         )
@@ -63,7 +64,7 @@ def test_an_optimised_trigger_is_kept(clean_model, made):
     (other,) = make_attacks("digits", "l0", clean_model=clean_model, target=3)
     make_attacks("digits", "l0", clean_model=clean_model, seed=1)
     assert made[1:] == [("l0", 3, 0), ("l0", 0, 1)] and other.target == 3
-    changed = Model(random_variables(seed=1), "vgg", 10, "digits")
+    changed = StoredModel(random_variables(seed=1), "vgg", 10, "digits")
     make_attacks("digits", "l0", clean_model=save_model(clean_model, changed))
     assert len(made) == 4, "another model, another trigger"
 
@@ -122,9 +123,9 @@ def test_the_name_of_a_file_decides_nothing(file):
         make_attacks("digits", **own, attack="none")
 
 
-def stored(*attacks: tuple[str, int | None]) -> Model:
+def stored(*attacks: tuple[str, int | None]) -> StoredModel:
     made = tuple(Attack(name, STORED, target, 10) for name, target in attacks)
-    return Model({}, "vgg", 10, "digits", made)
+    return StoredModel({}, "vgg", 10, "digits", made)
 
 
 ONE = stored(("l2", 3))
@@ -185,7 +186,7 @@ def test_a_model_keeps_its_own_label_rule(model, options, expected):
         (MANY, MINE, r"targets \[3, 4\]: say by --target .* by --attack: l2, smooth"),
         (MANY, {"attack": "badnets"}, r"targets \[3, 4\]: say by --target"),
         (ONE, {"attack": "smoth"}, "did you mean 'smooth'"),
-        (ONE, {"attack": "smooth"}, "or a picture by --trigger"),
+        (ONE, {"attack": "smooth"}, "give its picture by --trigger"),
         (ONE, {"attack": "none", "target": 1}, "leave out --trigger, --target"),
         (ONE, {"attack": "none", "scenario": "all-to-all"}, "leave out .*--scenario"),
         (ONE, {"attack": "none", **MINE}, "leave out --trigger"),
@@ -206,14 +207,18 @@ def test_what_does_not_fit_a_model_is_refused(model, options, message):
 
 def test_a_rule_is_used_on_the_trigger_of_the_model():
     own = Trigger("add", np.full((32, 32, 3), 0.15, np.float32))
-    model = Model({}, "vgg", 10, "digits", (Attack("smooth", own, 2), Attack("blend", blend(), 3)))
+    model = StoredModel(
+        {}, "vgg", 10, "digits", (Attack("smooth", own, 2), Attack("blend", blend(), 3))
+    )
     (smooth,) = attacks_on(model, "digits", "smooth", rule="renormalise")
     assert (smooth.target, smooth.trigger.rule) == (2, "renormalise")
     np.testing.assert_array_equal(smooth.trigger.pattern, own.pattern)
     (convex,) = attacks_on(model, "digits", "blend", rule="replace")
     images = np.random.default_rng(0).uniform(size=(2, 32, 32, 3)).astype(np.float32)
     np.testing.assert_array_equal(convex.trigger(images), blend(rule="convex")(images))
-    (back,) = attacks_on(Model({}, "vgg", 10, "digits", (convex,)), "digits", "blend", rule="add")
+    (back,) = attacks_on(
+        StoredModel({}, "vgg", 10, "digits", (convex,)), "digits", "blend", rule="add"
+    )
     np.testing.assert_array_equal(back.trigger(images), blend()(images))
 
 

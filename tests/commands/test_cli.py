@@ -12,14 +12,18 @@ from conftest import random_variables
 from PIL import Image
 
 from ibau_jax.attacks import Attack, Trigger, badnets_square, blend
-from ibau_jax.commands import attack_options, defend
+from ibau_jax.commands import attack_options, defend, demo, evaluate
 from ibau_jax.commands.cli import main
 from ibau_jax.defenses import Defense
 from ibau_jax.defenses.inversion import neural_cleanse
 from ibau_jax.defenses.inversion.neural_cleanse import NeuralCleanseConfig
-from ibau_jax.models.files import Model, load_model, save_model
+from ibau_jax.defenses.run import method
+from ibau_jax.models.files import load_model, save_model
+from ibau_jax.models.stored import StoredModel
+from ibau_jax.results.metrics import Metrics
 from ibau_jax.results.rows import ARRAYS, HTML, PARTIAL, ROWS, read_rows
 
+NOTHING = Metrics(acc=1.0, asr=None, asr_excl=None, ra=None, n=40)
 SMALL = ["--clean", "test[:20]", "--split", "test[760:]", "--rounds", "1"]
 
 
@@ -174,7 +178,7 @@ def test_evaluate_takes_the_attack_of_the_file(capsys, tmp_path):
     trigger = Trigger("add", np.full((32, 32, 3), 0.1, np.float32))
     attacks = (Attack("l2", trigger, 3), Attack("badnets", badnets_square(), 4))
     path = save_model(
-        tmp_path / "m.safetensors", Model(random_variables(), "vgg", 10, "digits", attacks)
+        tmp_path / "m.safetensors", StoredModel(random_variables(), "vgg", 10, "digits", attacks)
     )
     common = ["evaluate", "--model", path, "--split", "test[760:]", "--json"]
     found = json.loads(run(capsys, *common)[1])
@@ -233,9 +237,9 @@ def test_convert_carries_the_trigger(capsys, tmp_path):
         (["--devices", "999"], "999 devices were asked for: expected 1 to"),
         (["--process-id", "1"], "without --coordinator"),
         (["--model", "missing.safetensors"], "no such file"),
-        (["--poison-ratio", "0.2"], "--poison-ratio for ibau"),
-        (["--poison-ratio", "0.2", "--defense", "nad"], "--poison-ratio for nad"),
-        (["--data-dir", "."], "leave out --data-dir"),
+        (["--poison-ratio", "0.2"], "poison ratio for ibau"),
+        (["--poison-ratio", "0.2", "--defense", "nad"], "poison ratio for nad"),
+        (["--data-dir", "."], "leave it out, or choose another data set (--data-dir)"),
         (["--seed", str(2**32)], "expected 0 to 4294967295"),
     ],
 )
@@ -254,7 +258,9 @@ def test_a_folder_that_cannot_be_written_is_refused(capsys, digits_model, tmp_pa
 
 
 def test_a_data_set_that_is_not_prepared_is_refused(capsys, tmp_path):
-    path = save_model(tmp_path / "m.safetensors", Model(random_variables(), "vgg", 10, "cifar10"))
+    path = save_model(
+        tmp_path / "m.safetensors", StoredModel(random_variables(), "vgg", 10, "cifar10")
+    )
     line = refused(capsys, "evaluate", "--model", path, "--data-dir", tmp_path)
     assert "ibau prepare cifar10" in line
 
@@ -307,7 +313,7 @@ def test_a_data_set_that_is_not_prepared_is_refused(capsys, tmp_path):
         (["--attack", ""], "empty name"),
         (["--copies", "1001"], "expected 1 to 1000"),
         (["--num-processes", "2"], "without --coordinator"),
-        (["--data-dir", "."], "leave out --data-dir"),
+        (["--data-dir", "."], "leave it out, or choose another data set (--data-dir)"),
         (["--out", "."], "is a folder"),
     ],
 )
@@ -337,7 +343,7 @@ def test_train_refuses(capsys, tmp_path, monkeypatch, arguments, message):
         (["--trigger", "t.png", "--trigger-mask", "m.npy"], "expected a mask with 'replace'"),
         (["--attack", "badnets", "--scenario", "seven-target"], "one-target, all-to-all"),
         (["--attack", "badnets", "--target", "10"], "target 10 is not a class"),
-        (["--data-dir", "."], "leave out --data-dir"),
+        (["--data-dir", "."], "leave it out, or choose another data set (--data-dir)"),
         (["--dataset", "gtsrb"], "has 10 classes"),
     ],
 )
@@ -357,7 +363,7 @@ def test_evaluate_refuses(capsys, digits_model, tmp_path, monkeypatch, arguments
         (["--trigger-rule", "add"], "--attack blend or smooth"),
         (["--trigger-mask", "m.npy"], "mask without a trigger"),
         (["--trigger", "t.png"], "give it by --target"),
-        (["--attack", "l2"], "or a picture by --trigger"),
+        (["--attack", "l2"], "or give a picture of the trigger"),
         (["--attack", "l2", "--trigger", "t.png"], "cannot read the model 'm.pth'"),
         (["--scenario", "all-to-all", "--trigger", "t.png"], "cannot read the model 'm.pth'"),
     ],
@@ -370,7 +376,7 @@ def test_convert_refuses(capsys, tmp_path, monkeypatch, arguments, message):
 
 def test_prepare_refuses_archives_that_it_would_ignore(capsys, tmp_path):
     line = refused(capsys, "prepare", "cifar10", "--archives", tmp_path, "--data-dir", tmp_path)
-    assert "--archives for cifar10: expected gtsrb" in line
+    assert "archives for cifar10: expected gtsrb" in line and line.endswith("(--archives)")
 
 
 def test_paths_in_the_home_folder(capsys, digits_model, tmp_path, monkeypatch):
@@ -381,14 +387,14 @@ def test_paths_in_the_home_folder(capsys, digits_model, tmp_path, monkeypatch):
     Image.new("RGB", (32, 32)).save("t.png")
     np.save("mask.npy", np.ones((32, 32)))
     calls = []
-    monkeypatch.setattr(defend, "evaluate_model", lambda *a: calls.append(a) or {})
-    monkeypatch.setattr(defend, "demo", lambda out, *_, **__: calls.append(out) or {})
-    monkeypatch.setattr("ibau_jax.commands.cli._finish", lambda *_, **__: None)
+    monkeypatch.setattr(evaluate, "evaluate_model", lambda *a, **b: calls.append((a, b)) or {})
+    monkeypatch.setattr(demo, "demo", lambda out, *_, **__: calls.append(out) or {})
+    monkeypatch.setattr("ibau_jax.commands.cli.finish", lambda *_, **__: None)
     options = ["--trigger", "~/t.png", "--trigger-mask", "~/mask.npy", "--trigger-rule", "replace"]
     assert main(["evaluate", "--model", "~/m.safetensors", *options, "--data-dir", "~/data"]) == 0
-    ((model, _, _, (attack,), data_dir),) = calls
-    assert (model, data_dir) == (tmp_path / "m.safetensors", tmp_path / "data")
-    assert attack.trigger.mask.all() and attack.target == 8
+    (((model,), given),) = calls
+    assert (model, given["data_dir"]) == (tmp_path / "m.safetensors", tmp_path / "data")
+    assert given["trigger"].mask.all() and given["trigger_name"] == "t"
     assert main(["demo", "--out", "~/run"]) == 0 and calls[1] == tmp_path / "run"
     capsys.readouterr()
     for command in (
@@ -409,7 +415,7 @@ def test_paths_in_the_home_folder(capsys, digits_model, tmp_path, monkeypatch):
 
 def test_evaluate_keeps_all_to_all_with_another_trigger(capsys, tmp_path):
     attack = Attack("badnets", badnets_square(), None, 10)
-    model = Model(random_variables(), "vgg", 10, "digits", (attack,))
+    model = StoredModel(random_variables(), "vgg", 10, "digits", (attack,))
     path = save_model(tmp_path / "m.safetensors", model)
     trigger = badnets_square().pattern  # the same picture, under the name of another attack
     picture = np.concatenate([trigger, trigger[..., :1]], -1)
@@ -440,7 +446,7 @@ def test_a_wrong_option_is_told_before_a_trigger_is_optimised(capsys, tmp_path, 
 def test_blend_is_convex_by_its_rule(capsys, digits_model, monkeypatch, rule, expected):
     measured = []
     monkeypatch.setattr(
-        defend, "evaluate_model", lambda *arguments: measured.append(arguments[3]) or {}
+        evaluate, "evaluator", lambda *given: measured.append(given[2]) or (lambda _: NOTHING)
     )
     run(capsys, "evaluate", "--model", digits_model, "--attack", "blend", "--trigger-rule", rule)
     ((attack,),) = measured
@@ -458,7 +464,7 @@ def test_a_full_disk_is_told_in_one_line(capsys, defended, monkeypatch):
 
 
 def test_evaluate_refuses_a_trigger_without_a_target(capsys, tmp_path):
-    clean = Model(random_variables(), "vgg", 10, "digits")
+    clean = StoredModel(random_variables(), "vgg", 10, "digits")
     path = save_model(tmp_path / "m.safetensors", clean)
     Image.new("RGB", (32, 32)).save(tmp_path / "t.png")
     line = refused(capsys, "evaluate", "--model", path, "--trigger", tmp_path / "t.png")
@@ -513,17 +519,17 @@ def test_an_interrupted_run_leaves_earlier_results(digits_model, defended, tmp_p
     (And any defense is told before it starts which classes the clean set lacks.)
     """
     from ibau_jax import IBAUConfig
-    from ibau_jax.commands import defend
 
     out, _ = defended
     before = {p.name: p.read_bytes() for p in out.iterdir()}
 
-    def stop(*_, on_round, evaluate, **__):
-        on_round({"round": 0, **evaluate(load_model(digits_model).variables)})
+    @method(IBAUConfig())
+    def stop(job):
+        yield job.variables, {}
         raise KeyboardInterrupt
 
-    entry = Defense(stop, {})
-    monkeypatch.setattr(defend, "find_defense", lambda *_: (entry, "default", IBAUConfig()))
+    found = Defense(stop, {}), "default", IBAUConfig()
+    monkeypatch.setattr(defend, "find", lambda *_: found)
     notes = []
     with pytest.raises(KeyboardInterrupt):
         defend.defend(

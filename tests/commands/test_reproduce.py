@@ -11,7 +11,8 @@ from ibau_jax import InputError
 from ibau_jax.attacks import ATTACKS, Trigger, make_attack
 from ibau_jax.commands.cli import main
 from ibau_jax.commands.reproduce import reproduce
-from ibau_jax.models.files import Model, save_model
+from ibau_jax.models.files import save_model
+from ibau_jax.models.stored import StoredModel
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +21,7 @@ def models(tmp_path_factory):
     for i, name in enumerate(ATTACKS):
         trigger = Trigger("add", np.full((32, 32, 3), i / 10, np.float32))
         attack = make_attack(name, 10, trigger=trigger)
-        model = Model(variables, "vgg", 10, "digits", (attack,))
+        model = StoredModel(variables, "vgg", 10, "digits", (attack,))
         save_model(folder / f"digits-{name}.safetensors", model)
     return folder
 

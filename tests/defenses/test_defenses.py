@@ -39,6 +39,7 @@ from ibau_jax.defenses.inversion.tabor import (
 )
 from ibau_jax.defenses.nad import NADConfig, attention, augment, distillation, nad
 from ibau_jax.models.model import Classifier, Frozen
+from ibau_jax.training.optimizers import SGD, Adam, transform
 
 KEY = jax.random.key(0)
 ONE = Tuning(epochs=1, batch_size=32)
@@ -89,7 +90,9 @@ def test_a_plain_function_is_fine_elsewhere(linear):
     logits, params, data = linear
     tuned = finetune(logits, params, data, config=replace(ONE, batch_size=8), key=KEY)
     assert set(tuned.params) == {"w", "b"} and np.abs(tuned.params["w"] - params["w"]).max() > 0
-    config = NeuralCleanseConfig(steps=3, batches=2, batch_size=8, tuning=replace(ONE, rate=1e-3))
+    config = NeuralCleanseConfig(
+        steps=3, batches=2, batch_size=8, tuning=replace(ONE, optimizer=SGD(1e-3, momentum=0.9))
+    )
     found = neural_cleanse(logits, params, data, config=config, key=KEY)
     assert set(found.params) == {"w", "b"} and len(found.diagnostics["norms"]) == 3
 
@@ -127,11 +130,11 @@ def searched(monkeypatch, name, norms, success, labels, config):
         Found(np.full((32, 32, 1), n / 1024, np.float32), data.images[0], n, s, 1)
         for n, s in zip(norms, success, strict=True)
     ]
-    module = importlib.import_module(DEFENSES[name].run.__module__)
+    module = importlib.import_module(DEFENSES[name].method.rounds.__module__)
     monkeypatch.setattr(module, "reverse_engineer", lambda *args, **options: found)
     params = {"w": np.zeros((1024, len(norms)), np.float32)}
-    config = replace(config, tuning=replace(ONE, rate=1e-6))
-    run = DEFENSES[name].run
+    config = replace(config, tuning=replace(ONE, optimizer=SGD(1e-6, momentum=0.9)))
+    run = DEFENSES[name].method
     return run(lambda p, x: x.reshape(len(x), -1) @ p["w"], params, data, config=config, key=KEY)
 
 
@@ -211,7 +214,7 @@ def test_one_class_is_not_enough_to_search_with(linear):
     data = Dataset(data.images, np.full(24, 1, np.int32))
     for name in (*FINDERS, "deepinspect"):
         with pytest.raises(InputError, match=r"images of class 1 only \(24 of them\): expected"):
-            DEFENSES[name].run(logits, params, data, key=KEY)
+            DEFENSES[name].method(logits, params, data, key=KEY)
 
 
 def test_the_metric_of_failed_triggers_is_no_score(monkeypatch):
@@ -255,9 +258,9 @@ def test_few_images_are_passed_over_more_often(count, settings, plan):
 
 
 def test_the_rate_falls_at_the_same_part_of_the_way():
-    config = Tuning(epochs=4, rate=1.0, momentum=0.0, drops=((2, 0.1),))
+    config = Tuning(epochs=4, optimizer=SGD(1.0, drops=((0.5, 0.1),)))
     for steps in (8, 30):
-        step = config.transform(steps)
+        step = transform(config.optimizer, steps)
         state, rates = step.init(0.0), []
         for _ in range(steps):
             update, state = step.update(1.0, state, 0.0)
@@ -267,7 +270,7 @@ def test_the_rate_falls_at_the_same_part_of_the_way():
 
 def test_steps_are_made_and_rounds_are_as_told(linear):
     logits, params, data = linear  # 24 images
-    config = Tuning(epochs=1, steps=4, rate=1e-3)
+    config = Tuning(epochs=1, steps=4, optimizer=SGD(1e-3))
     assert len(finetune(logits, params, data, config=config, key=KEY).history) == 2  # of two tens
     config = with_rounds(config, 1)
     assert len(finetune(logits, params, data, config=config, key=KEY).history) == 1
@@ -293,7 +296,7 @@ def test_stamps_share_the_images_and_keep_the_labels():
 def test_the_backdoor_is_found_and_unlearned(name, seed):
     """The right label and no other. (On model 5 Neural Cleanse misses it, index 1.9.)"""
     variables, key = small_model(seed, True), jax.random.key(seed)
-    run = DEFENSES[name].run
+    run = DEFENSES[name].method
     found = run(MODEL, variables, clean(), config=FINDERS[name], key=key, evaluate=measure)
     assert found.diagnostics["flagged"] == [SQUARE.target]
     assert found.history[-1]["asr"] < 0.35 and found.history[-1]["acc"] > 0.94
@@ -304,7 +307,7 @@ def test_the_backdoor_is_found_and_unlearned(name, seed):
 @pytest.mark.parametrize("name", FINDERS)
 def test_nothing_is_found_in_a_clean_model(name, seed):
     variables, key = small_model(seed, False), jax.random.key(seed)
-    found = DEFENSES[name].run(MODEL, variables, clean(), config=FINDERS[name], key=key)
+    found = DEFENSES[name].method(MODEL, variables, clean(), config=FINDERS[name], key=key)
     assert found.diagnostics["flagged"] == []
     same(found.params, variables)
 
@@ -488,7 +491,7 @@ def test_pruning_is_a_mask_after_the_nonlinearity():
 
 def test_fine_pruning_lowers_the_asr_and_the_mask_stays():
     variables = small_model(2, True)
-    config = FinePruningConfig(tuning=Tuning(epochs=2, batch_size=32, optimizer="adam", rate=1e-3))
+    config = FinePruningConfig(tuning=Tuning(epochs=2, batch_size=32, optimizer=Adam(1e-3)))
     found = fine_pruning(MODEL, variables, clean(), config=config, key=KEY, evaluate=measure)
     tuned = finetune(MODEL, variables, clean(), config=config.tuning, key=KEY)
     assert measure(tuned.params)["asr"] > 0.95, "fine-tuning alone leaves it"
@@ -586,11 +589,11 @@ def test_wrong_settings_are_refused():
     with pytest.raises(InputError, match="part is 1.0: expected a share below 1"):
         FinePruningConfig(part=1.0)
     with pytest.raises(InputError, match="rate is 0: expected a positive number"):
-        Tuning(rate=0)
+        SGD(rate=0)
     with pytest.raises(InputError, match="shows 2 maps: expected 3, one for each of betas"):
         nad(MODEL, small_model(0, True), clean(), key=KEY)
-    with pytest.raises(InputError, match="fine-tuning: the loss is nan.*choose a smaller one"):
-        wild = replace(ONE, rate=1e30)
+    with pytest.raises(InputError, match="fine-tuning: the loss of epoch 1.*1e.30.*smaller rate"):
+        wild = replace(ONE, optimizer=SGD(1e30, momentum=0.9))
         finetune(MODEL, small_model(0, True), clean(), config=wild, key=KEY)
 
 

@@ -168,9 +168,10 @@ def test_it_trains_anew_with_identity_statistics():
     model, variables, data = make(count=24)
     config = DPSGD(epochs=3, batch_size=10, noise_multiplier=0.5)
     other = jax.tree.map(lambda a: a + np.float32(0.5), variables)
-    seen = []
     run = dict(config=config, key=KEY, train_set=data)
-    first = dp_sgd(model, variables, data, **run, on_round=seen.append)
+    running = dp_sgd.run(model, variables, data, **run)
+    seen = [record.row for record in running]
+    first = running.result()
     second = dp_sgd(model, other, data, **run, evaluate=lambda v: v["batch_stats"]["norm"])
     close(first.params, second.params, rtol=0)  # nothing is left of the given values
     loud = replace(config, noise_multiplier=100.0, l2_norm_clip=0.5)
@@ -284,7 +285,7 @@ def test_presets():
 
 def test_wrong_input(linear):
     model, variables, data = make()
-    with pytest.raises(InputError, match="expected train_set, found none.*--poison-ratio R"):
+    with pytest.raises(InputError, match="expected train_set, found none"):
         dp_sgd(model, variables, data, key=KEY)
     with pytest.raises(InputError, match="dp-sgd initialises the network anew.*plain function"):
         dp_sgd(*linear, key=KEY, train_set=linear[2])
@@ -301,7 +302,7 @@ def test_wrong_input(linear):
 def test_lost_parameters_are_told():
     model, variables, data = make()
     config = DPSGD(epochs=3, rate=1e38, noise_multiplier=50.0)
-    with pytest.raises(InputError, match="no longer finite in epoch 1; .*1e\\+38 and 50: choose"):
+    with pytest.raises(InputError, match="no longer finite.*1e\\+38 and 50: choose"):
         dp_sgd(model, variables, data, config=config, key=KEY, train_set=data)
 
 

@@ -1,6 +1,5 @@
 """DeepFool, universal perturbations, and training against them, on models small enough to check."""
 
-import inspect
 from dataclasses import replace
 from itertools import pairwise
 
@@ -15,6 +14,7 @@ from ibau_jax import Dataset, InputError
 from ibau_jax.defenses.deepfool import Universal, chunks, deepfool, make_search
 from ibau_jax.defenses.naive import PRESETS, Naive, naive
 from ibau_jax.models.model import Classifier, evaluation_logits
+from ibau_jax.training.optimizers import Adam
 from ibau_jax.unlearning.batches import shuffled
 
 KEY = jax.random.key(0)
@@ -141,7 +141,7 @@ def test_each_round_fools_the_model_that_the_last_one_left():
         logits,
         params,
         Dataset(data.images, (data.labels + 1) % 4),
-        config=Naive(images=24, batch_size=8, outer_rate=0.05),
+        config=Naive(images=24, batch_size=8, outer_optimizer=Adam(0.05)),
         key=KEY,
         evaluate=lambda p: models.append(p) or {},
     )
@@ -185,7 +185,7 @@ def test_a_round_is_a_pass_of_adam_on_patched_clipped_images():
         logits,
         params,
         data,
-        config=Naive(rounds=1, images=24, batch_size=8, outer_rate=0.05),
+        config=Naive(rounds=1, images=24, batch_size=8, outer_optimizer=Adam(0.05)),
         key=KEY,
     )
     optimizer = optax.adam(0.05)
@@ -226,7 +226,7 @@ def test_a_share_of_a_batch_carries_the_perturbation():
 
 def test_each_round_draws_images_anew():
     logits, params, data = flat()
-    config = Naive(rounds=5, images=1, outer_rate=1e-9)
+    config = Naive(rounds=5, images=1, outer_optimizer=Adam(1e-9))
     result = naive(logits, params, data, config=config, key=KEY)
     expected = np.stack([closed_form(params, image) for image in data.images])
     gaps = np.abs(result.deltas[:, None] - expected).max((2, 3, 4))
@@ -259,7 +259,11 @@ def test_keeps_the_contract():
         model = Classifier(module)
         return naive(model, variables, clean, config=SMALL, key=key, **options)
 
-    one = run(KEY, evaluate=evaluate, on_round=told.append, progress=True)
+    running = naive.run(Classifier(module), variables, clean, config=SMALL, key=KEY, progress=True)
+    for record in running:
+        record.row.update(evaluate(record.params))
+        told.append(record.row)
+    one = running.result()
     assert jax.tree.structure(one.params) == jax.tree.structure(variables) == seen[0]
     assert len(set(seen)) == 1 and len(seen) == 3
     assert [r["round"] for r in told] == [0, 1, 2] and one.history == told[1:]
@@ -297,7 +301,7 @@ def test_keeps_the_contract():
         (lambda: Naive(rounds=0), "rounds is 0: expected a whole number of at least 1"),
         (lambda: Naive(images=0), "images is 0: expected a positive number"),
         (lambda: Naive(share=0.0), "share is 0.0: expected a share"),
-        (lambda: Naive(outer_rate=-1.0), "outer_rate is -1.0: expected a positive number"),
+        (lambda: Naive(outer_optimizer=-1.0), "outer_optimizer is -1.0: expected for example Adam"),
         (lambda: Universal(norm="l3"), "unknown norm 'l3'"),
         (lambda: Universal(radius=0.0), "radius is 0.0: expected a positive number"),
         (lambda: Universal(fooling_rate=1.5), "fooling_rate is 1.5: expected a share"),
@@ -318,12 +322,12 @@ def test_presets():
         universal=Universal("l2", 10.0, 0.8, 2, 10, 10, 0.02),
         batch_size=100,
         share=0.01,
-        outer_rate=1e-3,
+        outer_optimizer=Adam(1e-3),
     )
-    assert PRESETS["cpu"]("cifar10") == inspect.signature(naive).parameters["config"].default
+    assert PRESETS["cpu"]("cifar10") == naive.config
 
 
 def test_a_rate_that_is_too_large_is_told():
     logits, params, data = flat()
-    with pytest.raises(InputError, match="outer_rate of 1e\\+38; choose a smaller one"):
-        naive(logits, params, data, config=replace(SMALL, outer_rate=1e38), key=KEY)
+    with pytest.raises(InputError, match="rate=1e\\+38.*; choose a smaller rate"):
+        naive(logits, params, data, config=replace(SMALL, outer_optimizer=Adam(1e38)), key=KEY)

@@ -10,7 +10,6 @@ jax.config.update("jax_enable_x64", True)
 
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
-import optax  # noqa: E402
 from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
 
 from ibau_jax import unlearn  # noqa: E402
@@ -18,14 +17,13 @@ from ibau_jax.data import Dataset  # noqa: E402
 from ibau_jax.defenses.finetune import Tuning  # noqa: E402
 from ibau_jax.defenses.inversion.neural_cleanse import NeuralCleanseConfig, neural_cleanse  # noqa: E402
 from ibau_jax.defenses.nad import NADConfig, nad  # noqa: E402
-from ibau_jax.devices.mesh import devices  # noqa: E402
+from ibau_jax.devices.mesh import MAPPINGS, devices  # noqa: E402
 from ibau_jax.models.model import Classifier, evaluation_logits  # noqa: E402
 from ibau_jax.models.vgg import VGG  # noqa: E402
 from ibau_jax.training.train import TrainConfig, train  # noqa: E402
-from ibau_jax.unlearning.ascent import make_ascent  # noqa: E402
 from ibau_jax.unlearning.batches import make_batches, resolve  # noqa: E402
 from ibau_jax.unlearning.config import PRESETS  # noqa: E402
-from ibau_jax.unlearning.ibau import make_descent  # noqa: E402
+from ibau_jax.unlearning.ibau import ibau  # noqa: E402
 
 KEY = jax.random.key(0)
 CONFIG = TrainConfig(epochs=1, batch_size=32, rate=1e-3)
@@ -69,21 +67,21 @@ def distance(one, two) -> float:
     return float(max(jax.tree.leaves(gaps)))
 
 
-def round_(preset: str, count: int | None, images: int, dtype) -> tuple:
+def round_(preset: str, count: int | None, images: int, dtype, mapping: str = "pmap") -> tuple:
     variables = cast(VARIABLES, dtype)
     config = PRESETS[preset]("cifar10")
     # The collectives of eight devices on two cores are slow, and five steps show as much.
     config = replace(config, rounds=1, inner_steps=min(config.inner_steps or 5, 5))
     clean = Dataset(IMAGES[:images].astype(dtype), LABELS[:images])
     logits = evaluation_logits(MODULE, variables)
-    on = devices(count)
+    on = devices(count, mapping)
     found = unlearn(logits, variables["params"], clean, config=config, key=KEY, devices=on)
     return cast(found.params, dtype), variables["params"]
 
 
-def epoch(count: int | None):
+def epoch(count: int | None, mapping: str = "pmap"):
     data = Dataset(IMAGES, LABELS)
-    found, _ = train(MODULE, data, config=CONFIG, key=KEY, devices=devices(count))
+    found, _ = train(MODULE, data, config=CONFIG, key=KEY, devices=devices(count, mapping))
     return found
 
 
@@ -97,25 +95,26 @@ def baseline(run, config, count: int | None, dtype=np.float64):
     return cast(found.params, np.float64), found.diagnostics
 
 
-def collectives(preset: str) -> dict[str, dict[str, int]]:
-    """All-reduces written in the programs of an ascent and of an outer step, and their bytes."""
-    on = devices()
+def collectives(preset: str, mapping: str) -> dict[str, dict[str, int]]:
+    """All-reduces written in the programs of an ascent and of an outer step.
+
+    The arguments are global arrays already: the compiled programs take them as they lie.
+    """
+    on = devices(mapping=mapping)
     clean = Dataset(IMAGES.astype(np.float32), LABELS.astype(np.int32))
     variables = cast(VARIABLES, np.float32)
     logits, params = evaluation_logits(MODULE, variables), variables["params"]
     config = resolve(PRESETS[preset]("cifar10"), logits, params, clean.images, len(on.all))
-    batches, _ = make_batches(clean, config, on)
-    optimizer = optax.adam(1e-3)
-    state = on.replicate((params, optimizer.init(params), KEY))
+    batches, sizes = make_batches(clean, config, on)
+    algorithm = ibau(logits, config, len(sizes), on.axis)
+    state = on.replicate(algorithm.init(params, KEY))
     zero, first = on.replicate((np.zeros((16, 16, 3), np.float32), np.int32(0)))
     programs = {
-        "ascent": on.compile(
-            make_ascent(logits, config, on.axis), state[0], batches, first, rows=(1,)
-        ),
-        "step": on.compile(
-            make_descent(logits, config, optimizer, on.axis), state, zero, batches, first, rows=(2,)
-        ),
+        "ascent": on.compile(algorithm.ascend, state.params, batches, first, rows=(1,)),
+        "step": on.compile(algorithm.descend, state, zero, batches, first, rows=(2,)),
     }
+    delta, _ = programs["ascent"](state.params, batches, first)
+    programs["step"](state, delta, batches, first)
     return {name: text(program) for name, program in programs.items()}
 
 
@@ -126,9 +125,9 @@ def text(program) -> dict[str, int]:
     return {"all_reduces": len(found), "others": len(others)}
 
 
-def broken() -> str:
+def broken(mapping: str) -> str:
     """What `check_equal` says when one device has another bit."""
-    on = devices()
+    on = devices(mapping=mapping)
     same, odd = np.ones(3, np.float32), np.array([1, 1, np.nextafter(1, 2, dtype=np.float32)])
     pieces = [
         jax.device_put(odd.astype(np.float32) if i == 3 else same, d) for i, d in enumerate(on.all)
@@ -144,18 +143,24 @@ def broken() -> str:
 
 
 def main() -> dict:
-    found: dict = {"broken": broken(), "collectives": {}}
+    found: dict = {"broken": [broken(mapping) for mapping in MAPPINGS], "collectives": {}}
     for preset in ("default", "published"):
-        found["collectives"][preset] = collectives(preset)
+        found["collectives"][preset] = [collectives(preset, mapping) for mapping in MAPPINGS]
     for preset, images, dtype, counts in ROUNDS:
         one, start = round_(preset, 1, images, dtype)
         for count in counts:
             many, _ = round_(preset, count, images, dtype)
             found[f"{preset} {images} {dtype} {count}"] = distance(one, many)
+            if (preset, images, dtype, count) == ("default", 103, "float64", 8):
+                mapped, _ = round_(preset, count, images, dtype, "shard_map")
+                found["a round by shard_map"] = distance(mapped, many)
         found[f"{preset} {images} {dtype} moved"] = distance(start, one)
     one = epoch(1)
     for count in (8, 5):
-        found[f"train {count}"] = distance(one, epoch(count))
+        many = epoch(count)
+        found[f"train {count}"] = distance(one, many)
+        if count == 8:
+            found["an epoch by shard_map"] = distance(epoch(count, "shard_map"), many)
     for name, (run, config) in BASELINES.items():
         one, told = baseline(run, config, 1)
         found[f"{name} flagged"] = len(told.get("flagged", ()))

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from ibau_jax.attacks import ATTACKS, Trigger, badnets_square, drawing, scenario_of
-from ibau_jax.commands.defend import evaluate_model
-from ibau_jax.models.files import load_model, model_hash
+from ibau_jax.commands.evaluate import evaluate_model
+from ibau_jax.models.files import load_model
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 FILES = sorted((EXPERIMENTS / "zoo").glob("*.safetensors"))
@@ -83,7 +83,7 @@ def test_a_model_is_what_its_row_says(path):
     model = load_model(path)
     (row,) = [row for row in ROWS if row["model"] == path.stem]
     assert (model.dataset, scenario_of(model.attacks)) == (row["dataset"], row["scenario"])
-    assert (model_hash(model), model.info["epochs"]) == (row["model_hash"], row["epochs"])
+    assert (model.hash, model.info["epochs"]) == (row["model_hash"], row["epochs"])
     assert (model.info["poison_ratio"], model.info["seed"]) == (row["poison_ratio"], row["seed"])
     assert model.info.get("copies", 1) == row.get("copies", 1)
     assert path.stat().st_size < 1e6

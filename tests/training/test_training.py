@@ -18,7 +18,7 @@ from conftest import same
 
 from ibau_jax import Dataset, InputError, load
 from ibau_jax.attacks import Attack, badnets_square
-from ibau_jax.commands import attack_options, cli, defend
+from ibau_jax.commands import attack_options, cli
 from ibau_jax.commands import train as command
 from ibau_jax.data import data_info
 from ibau_jax.models.files import load_model
@@ -84,7 +84,7 @@ def test_another_run_is_not_taken_up(tmp_path):
     states = Checkpoints(tmp_path / "states", {"seed": 0}, seconds=0)
     train(MODULE, DATA, config=replace(CONFIG, epochs=1), key=KEY, checkpoints=states)
     states._manager.wait_until_finished()
-    with pytest.raises(InputError, match="go on with it by --resume"):
+    with pytest.raises(InputError, match="unfinished training: resume it"):
         Checkpoints(tmp_path / "states", {"seed": 0})
     with pytest.raises(InputError, match="begun with seed 0, now it is 1:"):
         Checkpoints(tmp_path / "states", {"seed": 1}, resume=True)
@@ -279,7 +279,7 @@ def test_copies_have_their_own_poisoned_rows(monkeypatch, tmp_path, digits_model
     monkeypatch.setattr(command, "train", end)
     attack = Attack("badnets", badnets_square(), None, 10)
     out, clean = tmp_path / "m.safetensors", load("digits", "train")
-    found = command.train_model(out, "digits", (attack,), 0.2, copies=6, seed=1)
+    found = command.train_model(out, "digits", (attack,), poison_ratio=0.2, copies=6, seed=1)
     count = len(clean.labels)
     assert seen["epochs"] == found["epochs"] == 4  # of 24
     assert found["images_per_second"] == 6 * 4 * count
@@ -289,7 +289,7 @@ def test_copies_have_their_own_poisoned_rows(monkeypatch, tmp_path, digits_model
     assert rows.any(0).mean() == pytest.approx(1 - 0.8**6, abs=0.03)
     model = load_model(out)
     assert model.info["copies"] == 6
-    again = defend._train_set(model, data_info("digits"), 0.2, None)
+    again = model.train_set(data_info("digits"))
     same(again, seen["data"])
 
     with pytest.raises(InputError, match="copies of a clean model"):

@@ -1,6 +1,5 @@
 """I-BAU on small models: presets, balls, partial batches, one compilation, bad input."""
 
-import inspect
 from dataclasses import replace
 
 import jax
@@ -16,10 +15,10 @@ from ibau_jax.hypergradient import Direct, Neumann
 from ibau_jax.models.convolution import convolve
 from ibau_jax.models.model import evaluation_logits
 from ibau_jax.models.vgg import VGG
-from ibau_jax.unlearning.ascent import make_ascent
+from ibau_jax.training.optimizers import SGD, Adam
 from ibau_jax.unlearning.batches import Batch, make_batches, resolve
-from ibau_jax.unlearning.config import PRESETS
-from ibau_jax.unlearning.ibau import make_descent
+from ibau_jax.unlearning.config import PRESETS, Relative
+from ibau_jax.unlearning.ibau import ibau
 from ibau_jax.unlearning.objective import clip_images, make_loss, patch
 
 KEY = jax.random.key(0)
@@ -80,19 +79,19 @@ def test_cleans_a_model_that_is_not_of_this_package():
     held_out = Dataset(data.images[100:], data.labels[100:])
     acc, asr = rates(logits, params, held_out, stamp)
     assert acc > 0.95 and asr > 0.95
-    seen = []
-    config = IBAUConfig(rounds=20, batch_size=20, radius=1.0, share=0.1, outer_rate=1e-2)
-    result = unlearn(
-        logits,
-        params,
-        clean,
-        config=config,
-        key=KEY,
-        evaluate=lambda p: dict(
-            zip(("acc", "asr"), rates(logits, p, held_out, stamp), strict=True)
-        ),
-        on_round=seen.append,
+    config = IBAUConfig(
+        rounds=20,
+        batch_size=20,
+        radius=1.0,
+        share=0.1,
+        outer_optimizer=Adam(1e-2, schedule="cosine", clip=1.0),
     )
+    run, seen = unlearn.run(logits, params, clean, config=config, key=KEY), []
+    for record in run:
+        acc_asr = rates(logits, record.params, held_out, stamp)
+        record.row.update(zip(("acc", "asr"), acc_asr, strict=True))
+        seen.append(record.row)
+    result = run.result()
     assert seen[0]["round"] == 0 and seen[0]["asr"] == asr
     assert seen[1:] == result.history and len(result.history) == 20
     assert result.history[-1]["acc"] >= acc - 0.03
@@ -104,19 +103,19 @@ def test_cleans_a_model_that_is_not_of_this_package():
 
 def test_default_is_the_config_of_no_argument():
     assert PRESETS["default"]("cifar10") == IBAUConfig()
-    assert inspect.signature(unlearn).parameters["config"].default == IBAUConfig()
+    assert unlearn.config == IBAUConfig()
 
 
 def test_published_is_every_row_of_the_table():
     cifar, gtsrb = IBAUConfig.published("cifar10"), IBAUConfig.published("gtsrb")
-    assert (cifar.inner_labels, cifar.inner_optimizer, cifar.inner_rate) == ("predicted", "sgd", 10)
+    assert (cifar.inner_labels, cifar.inner_optimizer) == ("predicted", SGD(10))
     assert (cifar.inner_steps, cifar.batch_size, cifar.penalty) == (None, 100, 0.001)
     assert (cifar.project, cifar.radius, cifar.norm, cifar.clip) == ("at-end", 10, "l2", False)
     assert (cifar.share, cifar.hessian, cifar.hessian_images) == (0.01, "first", None)
     assert cifar.solver == Neumann(terms=5, step=0.1)
-    assert (cifar.outer_optimizer, cifar.outer_rate, cifar.outer_decay) == ("adam", 1e-3, "none")
+    assert cifar.outer_optimizer == Adam(1e-3)
     assert (cifar.rounds, cifar.outer_steps) == (1, None)
-    assert gtsrb == replace(cifar, inner_optimizer="adam", inner_rate=1.0, clip=True)
+    assert gtsrb == replace(cifar, inner_optimizer=Adam(1.0), clip=True)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -138,13 +137,10 @@ def test_one_compilation_for_all_rounds(linear):
         traces.append(x.shape)
         return logits(p, x)
 
-    def on_round(record):
-        at_round.append(len(traces))
-
-    at_round = []
     config = replace(SMALL, rounds=4, outer_steps=2)
-    unlearn(counted, params, clean, config=config, key=KEY, on_round=on_round)
-    assert 0 < at_round[0] == at_round[-1] == len(traces)
+    run = unlearn.run(counted, params, clean, config=config, key=KEY)
+    at_round = [len(traces) for _ in run]
+    assert 0 < at_round[1] == at_round[-1] == len(traces)
 
 
 def test_routes_give_the_same_parameters(linear, x64):
@@ -204,14 +200,12 @@ def test_published_share_of_a_batch_of_100_is_one_image():
 
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])
-@pytest.mark.parametrize("optimizer", ["relative", "sgd", "adam"])
+@pytest.mark.parametrize("optimizer", [Relative(0.4), SGD(0.4), Adam(0.4), optax.adam(0.4)])
 def test_ascent_stays_in_the_ball_and_raises_the_loss(linear, norm, optimizer):
     logits, params, clean = linear
-    config = replace(
-        SMALL, norm=norm, radius=0.5, inner_optimizer=optimizer, inner_rate=0.4, inner_steps=9
-    )
-    batches, _ = make_batches(clean, config)
-    delta, _ = make_ascent(logits, config)(params, batches, 0)
+    config = replace(SMALL, norm=norm, radius=0.5, inner_optimizer=optimizer, inner_steps=9)
+    batches, sizes = make_batches(clean, config)
+    delta, _ = ibau(logits, config, len(sizes)).ascend(params, batches, 0)
     assert 0 < config.ball.size(delta) <= 0.5 + 1e-6
     loss = make_loss(logits, config)
     whole = jax.tree.map(lambda a: a[0], batches)._replace(patched=jnp.ones(8))
@@ -240,14 +234,12 @@ def test_clipping_passes_the_gradient_at_the_border():
 def test_the_outer_step_descends(linear):
     """Direct gradient, plain SGD: one step is params - rate * gradient of the patched loss."""
     logits, params, clean = linear
-    config = replace(
-        SMALL, solver=Direct(), share=1.0, outer_optimizer="sgd", outer_rate=0.1, outer_decay="none"
-    )
-    batches, _ = make_batches(clean, config)
+    config = replace(SMALL, solver=Direct(), share=1.0, outer_optimizer=SGD(0.1))
+    batches, sizes = make_batches(clean, config)
     delta = 0.1 * jnp.ones(clean.images.shape[1:])
-    optimizer = config.outer_transform(10)
-    state = (params, optimizer.init(params), KEY)
-    (new, _, _), step = make_descent(logits, config, optimizer)(state, delta, batches, 1)
+    algorithm = ibau(logits, config, len(sizes))
+    state, step = algorithm.descend(algorithm.init(params, KEY), delta, batches, 1)
+    new = state.params
 
     def loss(p):
         images = jnp.clip(clean.images[8:16] + delta, 0, 1)
@@ -328,8 +320,8 @@ def test_bad_settings_are_refused(field, value):
 
 def test_parameters_that_diverge_are_refused(linear):
     logits, params, clean = linear
-    config = replace(SMALL, outer_optimizer="sgd", outer_rate=1e38, outer_clip=None)
-    with pytest.raises(InputError, match=r"no longer finite at outer step \d+ of round .*1e\+38"):
+    config = replace(SMALL, outer_optimizer=SGD(1e38))
+    with pytest.raises(InputError, match=r"no longer finite.*1e\+38"):
         unlearn(logits, params, clean, config=config, key=KEY)
 
 
@@ -342,7 +334,7 @@ def test_a_round_says_how_well_its_systems_were_solved(linear):
         assert record["failed_solves"] == record["fallbacks"] == steps / 2
         assert record["contraction"] > 1 and record["residual"] > 1
         assert record["products"] == 2 * steps / 2
-    kept = replace(diverging, keep_diverged=True, outer_rate=1e-9)
+    kept = replace(diverging, keep_diverged=True, outer_optimizer=Adam(1e-9, clip=1.0))
     for record in unlearn(logits, params, clean, config=kept, key=KEY).history:
         assert record["failed_solves"] == steps / 2 and record["fallbacks"] == 0
     direct = unlearn(logits, params, clean, config=replace(SMALL, solver=Direct()), key=KEY)
@@ -354,7 +346,9 @@ def test_the_constraint_reaches_the_hypergradient(linear):
     """On the border of a small ball the two formulas differ; far inside they do not."""
     logits, params, clean = linear
     for radius, same in ((0.05, False), (50.0, True)):
-        config = replace(SMALL, radius=radius, rounds=1, inner_rate=0.5 if not same else 1e-4)
+        config = replace(
+            SMALL, radius=radius, rounds=1, inner_optimizer=Relative(1e-4 if same else 0.5)
+        )
         results = [
             unlearn(logits, params, clean, config=replace(config, constrained=c), key=KEY).params
             for c in (False, True)
@@ -374,11 +368,10 @@ def test_the_microbatch_bounds_the_memory_of_a_step():
     def memory(images: int, microbatch: int | None) -> int:
         clean = Dataset(data.images[:images], data.labels[:images])
         config = replace(IBAUConfig(), batch_size=images, microbatch=microbatch, rounds=1)
-        optimizer = config.outer_transform(1)
-        batches, _ = make_batches(clean, config)
-        state = (params, optimizer.init(params), jax.random.key(0))
-        step = jax.jit(make_descent(logits, config, optimizer))
-        program = step.lower(state, data.images[0], batches, 0).compile()
+        batches, sizes = make_batches(clean, config)
+        algorithm = ibau(logits, config, len(sizes))
+        state = algorithm.init(params, jax.random.key(0))
+        program = algorithm.descend.lower(state, data.images[0], batches, 0).compile()
         return program.memory_analysis().temp_size_in_bytes
 
     small, large, whole = memory(40, 10), memory(160, 10), memory(160, None)

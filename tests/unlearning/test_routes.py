@@ -9,11 +9,11 @@ import pytest
 from conftest import random_variables
 
 from ibau_jax import IBAUConfig, InputError, unlearn
+from ibau_jax.defenses.ibau import choose_route
 from ibau_jax.devices.mesh import devices
 from ibau_jax.hypergradient import Direct, NormalCG
 from ibau_jax.models.model import evaluation_logits
 from ibau_jax.models.vgg import VGG
-from ibau_jax.unlearning.ibau import choose_route
 
 KEY = jax.random.key(0)
 SMALL = replace(IBAUConfig(), rounds=1, batch_size=8, inner_steps=3, hessian_images=4)

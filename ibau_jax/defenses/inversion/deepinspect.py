@@ -6,34 +6,30 @@ images and inverts the model to get some; as in the paper's comparison (A.3.2) t
 given the clean set here.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ibau_jax.data import Dataset
-from ibau_jax.defenses.finetune import SHORT, Tuning, tune
+from ibau_jax.defenses.finetune import SHORT, Tuning
 from ibau_jax.defenses.inversion.generator import Generator, Search, learn
+from ibau_jax.defenses.inversion.neural_cleanse import unlearn_stamps
 from ibau_jax.defenses.inversion.outliers import (
     LARGE,
     check_labels,
     judge,
     note,
     stand_out,
-    with_stamps,
 )
-from ibau_jax.defenses.run import Run, check_positive, finite
+from ibau_jax.defenses.run import Job, Rounds, Told, finite, method
 from ibau_jax.devices import mesh
-from ibau_jax.devices.mesh import Devices
-from ibau_jax.errors import InputError, check_name
-from ibau_jax.models.model import Logits, Params, Variables, opened
+from ibau_jax.errors import InputError, check_name, check_positive
+from ibau_jax.models.model import Params
 from ibau_jax.training.loop import batch_mean, batches_of, shuffled
-from ibau_jax.unlearning.batches import check_clean
-from ibau_jax.unlearning.ibau import Result
 
 
 @dataclass(frozen=True)
@@ -108,37 +104,24 @@ class Score(NamedTuple):
     success: float | None
 
 
-def deepinspect(
-    logits: Logits,
-    params: Params,
-    clean: Dataset,
-    *,
-    config: DeepInspectConfig = DeepInspectConfig(),  # noqa: B008  (frozen)
-    key: jax.Array,
-    evaluate: Callable[[Params], Mapping[str, Any]] | None = None,
-    on_round: Callable[[dict[str, Any]], None] | None = None,
-    progress: bool = False,
-    devices: Devices | None = None,
-) -> Result:
+@method(DeepInspectConfig())
+def deepinspect(job: Job) -> Rounds:
     """Find the labels with a backdoor and unlearn their triggers.
 
-    Arguments and result are those of `ibau_jax.unlearn`. The generator asks the model in
-    evaluation mode; then a `Classifier` is fine-tuned with batch statistics and dropout, a plain
-    function as it is. A round is an epoch of fine-tuning. Where no label stands out the model is
-    returned as it was given.
+    The generator asks the model in evaluation mode; then a `Classifier` is fine-tuned with batch
+    statistics and dropout, a plain function as it is. A round is an epoch of fine-tuning. Where no
+    label stands out the model is returned as it was given.
 
-    The result's `diagnostics`: `flagged` labels, and for each label `scores`, `anomaly_index`,
-    `losses`, `norms` and `success` (see `Score`); `note`, where there is something to say.
-    Triggers of a label that lead fewer than half of the images to it have a high loss; their norm
-    is no score (see `outliers.Judged`).
+    The diagnostics: `flagged` labels, and for each label `scores`, `anomaly_index`, `losses`,
+    `norms` and `success` (see `Score`); `note`, where there is something to say. Triggers of a
+    label that lead fewer than half of the images to it have a high loss; their norm is no score
+    (see `outliers.Judged`).
 
     Raises:
       InputError: also where the model has more classes than `num_labels`, or fewer than three, or
         all clean images are of one class.
     """
-    clean = check_clean(logits, params, clean)
-    devices = devices or mesh.devices()
-    classes = jax.eval_shape(logits, params, clean.images[:1]).shape[1]
+    config, clean, classes = job.config, job.clean, job.num_classes
     num_labels = classes if config.num_labels is None else config.num_labels
     if classes > num_labels:
         raise InputError(
@@ -146,38 +129,31 @@ def deepinspect(
             f"expected at most {num_labels} (num_labels); leave num_labels out, or raise it"
         )
     check_labels(classes, clean.labels)
-    model, variables = opened(logits, params)
-    generator = Generator(clean.images.shape[1:], num_labels)
+    yield job.variables, {}
     search = Search(
-        model, generator, classes, config.noise, config.squared, config.penalty, config.allowance
+        job.model,
+        Generator(clean.images.shape[1:], num_labels),
+        classes,
+        noise=config.noise,
+        squared=config.squared,
+        penalty=config.penalty,
+        allowance=config.allowance,
     )
-    learn_key, score_key, draw_key, stamp_key, tune_key = jax.random.split(key, 5)
-    run = Run(model, params, evaluate, on_round)
-    run.record(variables)
-    learned = learn(
-        run, search, variables, clean, steps=config.steps, batch_size=config.batch_size,
-        rate=config.rate, key=learn_key, progress=progress, devices=devices,
-    )  # fmt: skip
-    found = score(run, search, learned, variables, clean, config, score_key, devices)
+    learn_key, score_key, draw_key, *keys = jax.random.split(job.key, 5)
+    learned = learn(job, search, learn_key)
+    found = score(job, search, learned, score_key)
     scores = np.array([getattr(s, config.score) for s in found])
     works = [config.score == "loss" or (s.success or 0) >= 0.5 for s in found]
     judged = judge(works, clean.labels)
     index, flagged = stand_out(judged.comparable(scores, LARGE * clean.images[0].size), config)
     index = np.where(judged.works, index, np.nan)
     told = note(judged, flagged, clean.labels)
-    draw = drawer(run, search, learned, config.batch_size, draw_key)
+    draw = drawer(job, search, learned, draw_key)
     if flagged:
-        rng = np.random.default_rng(np.asarray(jax.random.key_data(stamp_key)).tolist())
-        stamps = [partial(stamp, draw, label) for label in flagged]
-        data = with_stamps(clean, stamps, config.share, rng)
-        variables = tune(
-            run, model, variables, data, config.tuning, key=tune_key, devices=devices,
-            title="unlearning", progress=progress,
-        )  # fmt: skip
+        yield from unlearn_stamps(job, [partial(stamp, draw, label) for label in flagged], *keys)
     else:
-        run.record(variables)
-    return run.result(
-        variables,
+        yield job.variables, {}
+    return Told(
         found=pictures(draw, found, scores, flagged),
         diagnostics={
             "flagged": flagged,
@@ -191,24 +167,15 @@ def deepinspect(
     )
 
 
-def score(
-    run: Run,
-    search: Search,
-    learned: Params,
-    variables: Variables,
-    clean: Dataset,
-    config: DeepInspectConfig,
-    key: jax.Array,
-    devices: Devices,
-) -> list[Score]:
+def score(job: Job, search: Search, learned: Params, key: jax.Array) -> list[Score]:
     """Measure the triggers of each label on the same images, with fresh noise."""
-    count = len(clean.labels)
+    devices, count = job.devices, len(job.clean.labels)
     order_key, key = jax.random.split(key)
-    batch_size, per_epoch = batches_of(count, config.batch_size)
-    batches = min(per_epoch, -(-config.score_images // batch_size))
+    batch_size, per_epoch = batches_of(count, job.config.batch_size)
+    batches = min(per_epoch, -(-job.config.score_images // batch_size))
     rows = shuffled(order_key, 0, count, batches, batch_size, devices)
 
-    def program(learned, variables, images, labels, key, target, rows, i):
+    def measure(learned, variables, images, labels, key, target, rows, i):
         index, weights = jax.tree.map(lambda a: a[i], rows)
         key = jax.random.fold_in(jax.random.fold_in(key, target), i)
         targets = jnp.full(len(index), target)
@@ -218,33 +185,28 @@ def score(
         means = [batch_mean(v.astype(found.norms.dtype), weights, devices.axis) for v in values]
         return mesh.total(jnp.stack(means), devices.axis)
 
-    fixed = devices.replicate((learned, variables, clean.images, clean.labels, key))
-    compiled, scores = None, []
-    for target in devices.each(search.classes):
-        parts = []
-        for i in devices.each(batches):
-            args = (*fixed, target, rows, i)
-            if compiled is None:
-                compiled = run.compile(devices, program, *args, rows=(6,))
-            parts.append(np.asarray(devices.one(compiled(*args))))
-        loss, norm, hits, others = np.mean(parts, 0).tolist()
+    program, scores = job.program(measure, rows=(6,)), []
+    fixed = devices.replicate((learned, job.variables, *job.clean, key))
+    for target in range(search.classes):
+        parts = [devices.one(program(*fixed, target, rows, i)) for i in range(batches)]
+        loss, norm, hits, others = np.mean(np.asarray(parts), 0).tolist()
         scores.append(Score(loss, norm, hits / others if others else None))
     return scores
 
 
 def drawer(
-    run: Run, search: Search, learned: Params, count: int, key: jax.Array
+    job: Job, search: Search, learned: Params, key: jax.Array
 ) -> Callable[[int, int], np.ndarray]:
-    """`draw(label, number)`: batch `number` of triggers of a label, [count, H, W, C]."""
+    """`draw(label, number)`: batch `number` of triggers of a label, [batch_size, H, W, C]."""
 
     def program(learned, key, label, number):
         key = jax.random.fold_in(jax.random.fold_in(key, label), number)
-        return search.triggers(learned, key, jnp.full(count, label))
+        return search.triggers(learned, key, jnp.full(job.config.batch_size, label))
 
     def draw(label: int, number: int) -> np.ndarray:
         return np.asarray(compiled(learned, key, np.int32(label), np.int32(number)))
 
-    with run.compiling():
+    with job.compiling():
         compiled = jax.jit(program).lower(learned, key, np.int32(0), np.int32(0)).compile()
     return draw
 

@@ -1,22 +1,17 @@
 """A conditional generator of triggers: what it is, what it minimises, and its training."""
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from ibau_jax.data import Dataset
-from ibau_jax.defenses.run import Run
+from ibau_jax.defenses.run import Job
 from ibau_jax.devices import mesh
-from ibau_jax.devices.mesh import Devices
-from ibau_jax.errors import InputError
 from ibau_jax.models.convolution import convolve
 from ibau_jax.models.model import Model, Params, Variables
-from ibau_jax.training.loop import TrainState, batch_mean, batches_of, fit
+from ibau_jax.training.loop import Fit, TrainState, batch_mean, batches_of
 from ibau_jax.unlearning.objective import clip_images, cross_entropy
 
 
@@ -157,23 +152,12 @@ def squared_distance(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return (1 - chosen[:, 0]) ** 2
 
 
-def learn(
-    run: Run,
-    search: Search,
-    variables: Variables,
-    clean: Dataset,
-    *,
-    steps: int,
-    batch_size: int,
-    rate: float,
-    key: jax.Array,
-    progress: bool,
-    devices: Devices,
-) -> Params:
+def learn(job: Job, search: Search, key: jax.Array) -> Params:
     """Train the generator with Adam on the clean images, labels drawn uniformly.
 
     Args:
-      steps: rounded up to whole passes over the images.
+      job: its `config` has `steps` (rounded up to whole passes over the images), `batch_size` and
+        `rate`.
 
     Returns:
       Its parameters.
@@ -181,9 +165,13 @@ def learn(
     Raises:
       InputError: the loss is no longer finite.
     """
+    config, axis, count = job.config, job.devices.axis, len(job.clean.labels)
     init_key, order_key, key = jax.random.split(key, 3)
-    optimizer = optax.adam(rate)
-    with run.compiling():
+    optimizer = optax.adam(config.rate)
+    job.advice = (
+        f"expected a rate that the generator bears, found {config.rate:g}; choose a smaller one"
+    )
+    with job.compiling():
         noise, label = jnp.zeros((1, search.noise)), jnp.zeros(1, jnp.int32)
         start = jax.jit(search.generator.init)(init_key, noise, label)["params"]
         opt_state = jax.jit(optimizer.init)(start)
@@ -191,33 +179,25 @@ def learn(
     def objective(params, others, images, labels, weights, key):
         del labels  # any image is to get any label
         noise_key, label_key = jax.random.split(key)
-        targets = draw_labels(label_key, len(images), search.classes, devices.axis)
-        found = search.attack(params, others["model"], images, noise_key, targets, devices.axis)
-        return batch_mean(found.losses, weights, devices.axis), others
+        targets = draw_labels(label_key, len(images), search.classes, axis)
+        found = search.attack(params, others["model"], images, noise_key, targets, axis)
+        return batch_mean(found.losses, weights, axis), others
 
-    def on_epoch(record: dict[str, Any], variables: Variables) -> dict[str, Any]:
-        del variables
-        if not np.isfinite(record["loss"]):
-            raise InputError(
-                f"the generator's loss is {record['loss']} in pass {record['epoch']}: expected a "
-                f"rate that it bears, found {rate:g}; choose a smaller one"
-            )
-        return record
-
-    batch_size, per_epoch = batches_of(len(clean.labels), batch_size)
-    # The model is among the variables, unchanged: an argument of the program, not a constant.
-    fitted, _ = fit(
+    batch_size, per_epoch = batches_of(count, config.batch_size)
+    fitting = Fit(
         objective,
-        TrainState({"params": start, "model": variables}, opt_state, key),
-        clean,
+        # The model is among the variables, unchanged: an argument of the program, not a constant.
+        TrainState({"params": start, "model": job.variables}, opt_state, key),
+        job.clean,
         optimizer=optimizer,
-        epochs=-(-steps // per_epoch),
+        epochs=-(-config.steps // per_epoch),
         batch_size=batch_size,
         order_key=order_key,
-        on_epoch=on_epoch,
         title="generator",
-        progress=progress,
-        devices=devices,
-        compile=partial(run.compile, devices),
+        bar=job.progress,
+        devices=job.devices,
+        program=job.program,
     )
-    return fitted["params"]
+    for epoch in fitting:
+        job.check_finite(f"the generator's loss in pass {epoch['epoch']}", epoch["loss"])
+    return fitting.variables["params"]

@@ -4,7 +4,7 @@ A label whose smallest trigger is much smaller than the others' has a backdoor; 
 fine-tuned on clean images with that trigger and their true labels.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,25 +13,22 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ibau_jax.data import Dataset
 from ibau_jax.defenses.finetune import MEASURED, SHORT, Tuning, tune
 from ibau_jax.defenses.inversion.outliers import (
     LARGE,
     Judged,
     Outliers,
+    Stamp,
+    check_labels,
     judge,
     note,
     stand_out,
     with_stamps,
 )
 from ibau_jax.defenses.inversion.search import Found, Step, Terms, label_loss, reverse_engineer
-from ibau_jax.defenses.run import Run, check_positive, finite
-from ibau_jax.devices import mesh
-from ibau_jax.devices.mesh import Devices
-from ibau_jax.errors import check_name
-from ibau_jax.models.model import Logits, Params, opened
-from ibau_jax.unlearning.batches import check_clean
-from ibau_jax.unlearning.ibau import Result
+from ibau_jax.defenses.run import Job, Rounds, Told, finite, method
+from ibau_jax.errors import check_name, check_positive
+from ibau_jax.models.model import Variables
 
 
 @dataclass(frozen=True)
@@ -146,62 +143,35 @@ def mask_norm(model, variables, mask, pattern, target) -> jax.Array:
     return jnp.sum(mask)
 
 
-def neural_cleanse(
-    logits: Logits,
-    params: Params,
-    clean: Dataset,
-    *,
-    config: NeuralCleanseConfig = NeuralCleanseConfig(),  # noqa: B008  (frozen)
-    key: jax.Array,
-    evaluate: Callable[[Params], Mapping[str, Any]] | None = None,
-    on_round: Callable[[dict[str, Any]], None] | None = None,
-    progress: bool = False,
-    devices: Devices | None = None,
-) -> Result:
+@method(NeuralCleanseConfig())
+def neural_cleanse(job: Job) -> Rounds:
     """Find the labels with a backdoor and unlearn their triggers.
 
-    Arguments and result are those of `ibau_jax.unlearn`; a `Classifier` is fine-tuned with
-    batch statistics and dropout, a plain function as it is. A round is an epoch of fine-tuning.
-    Where no label stands out the model is returned as it was given. A label whose trigger never
-    worked has no score (see `outliers.Judged`).
+    A round is an epoch of fine-tuning: of a `Classifier` with batch statistics and dropout, of a
+    plain function as it is. Where no label stands out the model is returned as it was given. A
+    label whose trigger never worked has no score (see `outliers.Judged`).
 
-    The result's `diagnostics`: `flagged` labels, and for each label `norms` of the masks,
-    `success` of the trigger, `anomaly_index` (None: not judged), `steps`; `note`, where there is
-    something to say.
+    The diagnostics: `flagged` labels, and for each label `norms` of the masks, `success` of the
+    trigger, `anomaly_index` (None: not judged), `steps`; `note`, where there is something to say.
 
     Raises:
       InputError: also where the model has fewer than three labels, or all clean images are of one.
     """
-    clean = check_clean(logits, params, clean)
-    devices = devices or mesh.devices()
-    model, variables = opened(logits, params)
-    search_key, stamp_key, tune_key = jax.random.split(key, 3)
-    run = Run(model, params, evaluate, on_round)
-    run.record(variables)
+    config = job.config
+    check_labels(job.num_classes, job.clean.labels)
+    yield job.variables, {}
+    search_key, *keys = jax.random.split(job.key, 3)
     found = reverse_engineer(
-        run,
-        model,
-        variables,
-        clean,
+        job,
         Terms(label_loss, mask_norm),
         lambda: CostSchedule(config.cost, config.patience, config.multiplier, config.success),
-        num_classes=jax.eval_shape(logits, params, clean.images[:1]).shape[1],
-        steps=config.steps,
-        batches=config.batches,
-        batch_size=config.batch_size,
         optimizer=optax.adam(config.rate, 0.5, 0.9),
-        labels_at_once=config.labels_at_once,
         key=search_key,
-        devices=devices,
         title="Neural Cleanse",
-        progress=progress,
     )
-    judged = judge([f.success >= config.success for f in found], clean.labels)
+    judged = judge([f.success >= config.success for f in found], job.clean.labels)
     outliers = stand_out(norms_of(found, judged), config)
-    return cleansed(
-        run, model, variables, clean, found, judged, outliers, config,
-        keys=(stamp_key, tune_key), progress=progress, devices=devices,
-    )  # fmt: skip
+    return (yield from cleansed(job, found, judged, outliers, keys))
 
 
 def norms_of(found: list[Found], judged: Judged) -> np.ndarray:
@@ -210,38 +180,26 @@ def norms_of(found: list[Found], judged: Judged) -> np.ndarray:
 
 
 def cleansed(
-    run: Run,
-    model,
-    variables,
-    clean: Dataset,
+    job: Job,
     found: list[Found],
     judged: Judged,
     outliers: Outliers,
-    config: Any,
-    *,
-    keys: tuple[jax.Array, jax.Array],
-    progress: bool,
-    devices: Devices,
+    keys: Sequence[jax.Array],
     **diagnostics: Any,
-) -> Result:
+) -> Rounds:
     """Unlearn the triggers of the flagged labels; the end of a defense.
 
-    `config` has `share` and `tuning`.
+    The settings of the job have `share` and `tuning`; the `keys` draw the images that get the
+    triggers, and the batches.
     """
     if outliers.flagged:
-        rng = np.random.default_rng(np.asarray(jax.random.key_data(keys[0])).tolist())
         stamps = [found[label].stamp for label in outliers.flagged]
-        data = with_stamps(clean, stamps, config.share, rng)
-        variables = tune(
-            run, model, variables, data, config.tuning, key=keys[1], devices=devices,
-            title="unlearning", progress=progress,
-        )  # fmt: skip
+        yield from unlearn_stamps(job, stamps, *keys)
     else:
-        run.record(variables)
+        yield job.variables, {}
     index = np.where(judged.works, outliers.index, np.nan)
-    told = note(judged, outliers.flagged, clean.labels)
-    return run.result(
-        variables,
+    told = note(judged, outliers.flagged, job.clean.labels)
+    return Told(
         found=pictures(found, judged.works, index, outliers.flagged),
         diagnostics={
             "flagged": outliers.flagged,
@@ -253,6 +211,15 @@ def cleansed(
             **diagnostics,
         },
     )
+
+
+def unlearn_stamps(
+    job: Job, stamps: Sequence[Stamp], stamp_key: jax.Array, tune_key: jax.Array
+) -> Generator[tuple[Variables, dict[str, Any]], None, Variables]:
+    """Fine-tune on clean images, a share of which carry the found triggers, with true labels."""
+    rng = np.random.default_rng(np.asarray(jax.random.key_data(stamp_key)).tolist())
+    data = with_stamps(job.clean, stamps, job.config.share, rng)
+    return tune(job, job.variables, data, job.config.tuning, key=tune_key, title="unlearning")
 
 
 def pictures(

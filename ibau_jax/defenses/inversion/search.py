@@ -12,14 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ibau_jax.data import Dataset
-from ibau_jax.defenses.inversion.outliers import check_labels
-from ibau_jax.defenses.run import Run
-from ibau_jax.devices import mesh, processes
-from ibau_jax.devices.mesh import Devices
+from ibau_jax.defenses.run import Job
+from ibau_jax.devices import mesh
 from ibau_jax.devices.microbatch import accumulate
 from ibau_jax.models.model import Model, Variables
-from ibau_jax.progress import progress_bar
 from ibau_jax.training.loop import shuffled
 from ibau_jax.unlearning.batches import suits_loops
 
@@ -115,92 +111,73 @@ def label_loss(model: Model, variables: Variables, mask, pattern, images, labels
 
 
 def reverse_engineer(
-    run: Run,
-    model: Model,
-    variables: Variables,
-    clean: Dataset,
+    job: Job,
     terms: Terms,
     schedule: Callable[[], Schedule],
     *,
-    num_classes: int,
-    steps: int,
-    batches: int,
-    batch_size: int,
     optimizer: optax.GradientTransformation,
-    labels_at_once: int | None,
     key: jax.Array,
-    devices: Devices,
     title: str,
-    progress: bool,
 ) -> list[Found]:
     """The trigger of each label, from the clean images.
 
     Args:
+      job: its `config` has `steps` (at most so many for a label), `batches` and `batch_size` (so
+        many batches a step, drawn anew; all images at most), and `labels_at_once`: how many labels
+        are optimised side by side (`vmap`); None: one where the model is best differentiated in a
+        loop (on a CPU), else all. Memory grows with it, the result does not depend on it.
       schedule: makes the schedule of a label.
-      steps: at most so many for a label.
-      batches, batch_size: so many batches a step, drawn anew (all images at most).
       optimizer: of the free numbers; its state starts anew for each label.
-      labels_at_once: how many labels are optimised side by side (`vmap`); None: one where the
-        model is best differentiated in a loop (on a CPU), else all. Memory grows with it, the
-        result does not depend on it.
 
     Returns:
       For each label the trigger that its schedule took for the best; where it never took one, the
       last.
-
-    Raises:
-      InputError: fewer than three labels, or all images are of one class.
     """
-    check_labels(num_classes, clean.labels)
-    count = len(clean.labels)
-    batch_size = min(batch_size, count)
-    batches = min(batches, count // batch_size)
+    config, devices, clean, labels = job.config, job.devices, job.clean, job.num_classes
+    count, at_once = len(clean.labels), config.labels_at_once
+    batch_size = min(config.batch_size, count)
+    batches = min(config.batches, count // batch_size)
     size = None
-    if suits_loops(model, variables, clean.images):
+    if suits_loops(job.model, job.variables, clean.images):
         share = -(-batch_size // len(devices.all))
         size = max(n for n in range(1, 11) if share % n == 0)
-        labels_at_once = labels_at_once or 1
-    chunk = min(labels_at_once or num_classes, num_classes)
+        at_once = at_once or 1
+    chunk = min(at_once or labels, labels)
     order_key, key = jax.random.split(key)
     shape = clean.images.shape[1:]
     update = jax.vmap(
-        make_update(model, terms, optimizer, size, devices.axis),
+        make_update(job.model, terms, optimizer, size, devices.axis),
         in_axes=(0, 0, 0, None, None, None, None, None),
     )
+    update = job.program(update, rows=(6,), donate=(0,))
 
     def start(label):
         raw = draw(jax.random.fold_in(key, label), shape)
         return raw, optimizer.init(raw)
 
-    starts = jax.jit(jax.vmap(start))
-    shown = jax.jit(lambda raw: decode(raw))
-    with run.compiling():
+    starts, shown = jax.jit(jax.vmap(start)), jax.jit(lambda raw: decode(raw))
+    with job.compiling():
         shown(starts(np.arange(chunk, dtype=np.int32))[0])
-    variables, images, labels = devices.replicate((variables, clean.images, clean.labels))
-    compiled = None
+    fixed = devices.replicate((job.variables, *clean))
     found: list[Found] = []
-    with progress_bar(num_classes * steps, title, progress) as advance:
-        for first in range(0, num_classes, chunk):
+    with job.progress(labels * config.steps, title) as advance:
+        for first in range(0, labels, chunk):
             # The last labels are repeated, so that all chunks have one shape.
-            targets = np.minimum(np.arange(first, first + chunk), num_classes - 1).astype(np.int32)
+            targets = np.minimum(np.arange(first, first + chunk), labels - 1).astype(np.int32)
             searches = devices.replicate(starts(targets))
             targets = devices.replicate(targets)
-            schedules = [schedule() for _ in range(min(chunk, num_classes - first))]
+            schedules = [schedule() for _ in range(min(chunk, labels - first))]
             best: list[Found | None] = [None] * len(schedules)
             content = [False] * len(schedules)  # with one so far
-            for number in range(1, steps + 1):
+            for number in range(1, config.steps + 1):
                 rows = shuffled(order_key, number, count, batches, batch_size, devices)
                 costs = [s.cost for s in schedules]
                 costs += [0.0] * (chunk - len(costs))
                 costs = devices.replicate(np.array(costs, clean.images.dtype))
                 sums = 0.0
-                for i in devices.each(batches):
-                    args = (searches, targets, costs, variables, images, labels, rows, i)
-                    if compiled is None:
-                        compiled = run.compile(devices, update, *args, rows=(6,), donate=(0,))
-                    with processes.watch():
-                        searches, values = compiled(*args)
-                        sums += np.stack([np.asarray(v) for v in devices.one(values)])
+                for i in range(batches):
+                    searches, values = update(searches, targets, costs, *fixed, rows, i)
+                    sums += np.stack([np.asarray(v) for v in devices.one(values)])
                 loss, success = np.asarray(sums) / batches
                 masks, patterns = (np.asarray(a) for a in shown(devices.one(searches[0])))
                 norms = masks.sum((1, 2, 3))
@@ -214,7 +191,7 @@ def reverse_engineer(
                         best[j] = Found(masks[j], patterns[j], step.norm, step.success, number)
                 advance(len(schedules), f"label {first}: {norms[0]:.1f}, {success[0]:.2f}")
                 if all(s.ended for s in schedules):
-                    advance((steps - number) * len(schedules), "")
+                    advance((config.steps - number) * len(schedules))
                     break
             devices.check_equal(searches=searches)
             found += [trigger for trigger in best if trigger is not None]

@@ -5,19 +5,16 @@ pattern, in one piece, that it neither cover what the image shows nor rest on th
 scores what was found by how well it explains the attack.
 """
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ibau_jax.data import Dataset
 from ibau_jax.defenses.finetune import SHORT, Tuning
 from ibau_jax.defenses.inversion.neural_cleanse import CostSchedule, cleansed, norms_of
-from ibau_jax.defenses.inversion.outliers import LARGE, judge, low_outliers
+from ibau_jax.defenses.inversion.outliers import LARGE, check_labels, judge, low_outliers
 from ibau_jax.defenses.inversion.search import (
     Found,
     Step,
@@ -26,14 +23,10 @@ from ibau_jax.defenses.inversion.search import (
     reverse_engineer,
     stamp,
 )
-from ibau_jax.defenses.run import Run, check_positive, finite
-from ibau_jax.devices import mesh
-from ibau_jax.devices.mesh import Devices
-from ibau_jax.errors import InputError, check_name
-from ibau_jax.models.model import Logits, Model, Params, Variables, opened
+from ibau_jax.defenses.run import Job, Rounds, finite, method
+from ibau_jax.errors import InputError, check_name, check_positive
+from ibau_jax.models.model import Model, Variables
 from ibau_jax.models.predict import predict
-from ibau_jax.unlearning.batches import check_clean
-from ibau_jax.unlearning.ibau import Result
 
 # (lambda 1 to 6.) The only public list, used by TrojanZoo with patterns in [0, 1], and the same
 # converted from patterns in 0..255, for which it was written: lambda 2 stands before an l1 norm
@@ -215,25 +208,23 @@ def large(shape: tuple[int, int]) -> float:
     return tabor_score(region, attack=1, explain=1, crop=1)
 
 
-def scores_of(
-    run: Run, model: Model, variables: Variables, clean: Dataset, found: list[Found], count=500
-) -> list[float]:
+def scores_of(job: Job, found: list[Found], count: int = 500) -> list[float]:
     """`tabor_score` of each label's trigger, on the first `count` clean images."""
-    classify = predict(model)
-    images, labels = clean.images[:count], clean.labels[:count]
-    with run.compiling():
+    classify = predict(job.model)
+    images, labels = job.clean.images[:count], job.clean.labels[:count]
+    with job.compiling():
         for shape in (images, images[:1]):
-            classify(variables, shape)
+            classify(job.variables, shape)
     scores = []
     for label, trigger in enumerate(found):
         region = trigger.mask[..., 0] > 0.5
         stamped = stamp(images, trigger.mask, trigger.pattern).astype(images.dtype)
-        alone = classify(variables, trigger.picture[None].astype(images.dtype))
-        cropped = classify(variables, stamped * ~region[..., None])
+        alone = classify(job.variables, trigger.picture[None].astype(images.dtype))
+        cropped = classify(job.variables, stamped * ~region[..., None])
         scores.append(
             tabor_score(
                 region,
-                attack=float(np.mean(classify(variables, stamped) == label)),
+                attack=float(np.mean(classify(job.variables, stamped) == label)),
                 explain=float(np.mean(alone == label)),
                 crop=float(np.mean(cropped == labels)),
             )
@@ -241,29 +232,17 @@ def scores_of(
     return scores
 
 
-def tabor(
-    logits: Logits,
-    params: Params,
-    clean: Dataset,
-    *,
-    config: TaborConfig = TaborConfig(),  # noqa: B008  (frozen)
-    key: jax.Array,
-    evaluate: Callable[[Params], Mapping[str, Any]] | None = None,
-    on_round: Callable[[dict[str, Any]], None] | None = None,
-    progress: bool = False,
-    devices: Devices | None = None,
-) -> Result:
+@method(TaborConfig())
+def tabor(job: Job) -> Rounds:
     """Find the labels with a backdoor and unlearn their triggers.
 
-    Arguments, result and unlearning are those of `neural_cleanse`; the diagnostics have
-    `metric` too, the paper's score of each label (None: nothing found that could be scored).
+    Rounds and unlearning are those of `neural_cleanse`; the diagnostics have `metric` too, the
+    paper's score of each label (None: nothing found that could be scored).
     """
-    clean = check_clean(logits, params, clean)
-    devices = devices or mesh.devices()
-    model, variables = opened(logits, params)
-    search_key, stamp_key, tune_key = jax.random.split(key, 3)
-    run = Run(model, params, evaluate, on_round)
-    run.record(variables)
+    config = job.config
+    check_labels(job.num_classes, job.clean.labels)
+    yield job.variables, {}
+    search_key, *keys = jax.random.split(job.key, 3)
 
     def schedule():
         if not config.adaptive:
@@ -271,32 +250,19 @@ def tabor(
         return CostSchedule(config.scale, config.patience, config.multiplier, config.success)
 
     found = reverse_engineer(
-        run,
-        model,
-        variables,
-        clean,
+        job,
         terms(config.weights),
         schedule,
-        num_classes=jax.eval_shape(logits, params, clean.images[:1]).shape[1],
-        steps=config.steps,
-        batches=config.batches,
-        batch_size=config.batch_size,
         optimizer=optax.adam(config.rate, 0.5, 0.9),
-        labels_at_once=config.labels_at_once,
         key=search_key,
-        devices=devices,
         title="TABOR",
-        progress=progress,
     )
-    scores = scores_of(run, model, variables, clean, found)
-    judged = judge([f.success >= config.works for f in found], clean.labels)
+    scores = scores_of(job, found)
+    judged = judge([f.success >= config.works for f in found], job.clean.labels)
     if config.score == "metric":
-        compared = judged.comparable(np.array(scores), large(clean.images.shape[1:3]))
+        compared = judged.comparable(np.array(scores), large(job.clean.images.shape[1:3]))
         outliers = low_outliers(compared, config.threshold, config.gap)
     else:
         outliers = low_outliers(norms_of(found, judged), config.threshold)
-    return cleansed(
-        run, model, variables, clean, found, judged, outliers, config,
-        keys=(stamp_key, tune_key), progress=progress, devices=devices,
-        metric=[finite(s) for s in scores],
-    )  # fmt: skip
+    metric = [finite(score) for score in scores]
+    return (yield from cleansed(job, found, judged, outliers, keys, metric=metric))

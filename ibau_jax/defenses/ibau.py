@@ -1,0 +1,129 @@
+"""I-BAU as a defense: Algorithm 1 (`unlearning/ibau.py`) in the hands of the driver."""
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ibau_jax.data import Dataset
+from ibau_jax.defenses.run import Job, Rounds, Told, method
+from ibau_jax.errors import InputError, first_line
+from ibau_jax.hypergradient import Direct, Report, needs_reverse_mode
+from ibau_jax.models.model import Logits, Params, of_params
+from ibau_jax.progress import note_of
+from ibau_jax.training.optimizers import shown
+from ibau_jax.unlearning.batches import make_batches, resolve, shuffled
+from ibau_jax.unlearning.config import IBAUConfig
+from ibau_jax.unlearning.ibau import Step, ibau
+from ibau_jax.unlearning.objective import cross_entropy
+
+
+@method(IBAUConfig())
+def unlearn(job: Job) -> Rounds:
+    """Remove a backdoor that is not known, with a small clean set: I-BAU (Zeng et al. 2022).
+
+    A row has `delta_norm`, `inner_loss` (H on the last batch of the last ascent, before its final
+    step), `outer_loss` (mean over the round), and of the linear solves the mean `residual` and
+    `contraction` (None where there is none), the sum of `products`, `failed_solves` (not finite, or
+    no nearer to the solution than zero is, within 0.1 % of the residual; the direct gradient by
+    choice is none) and `fallbacks` (outer steps that took the direct gradient instead). `deltas`
+    are the last perturbations of the rounds. The diagnostics have `route` and `route_reason` where
+    the model made it leave the route of its config.
+    """
+    devices, clean, key = job.devices, job.clean, job.key
+    logits, params = of_params(job.model, job.variables), job.variables["params"]
+    with job.compiling():
+        config = resolve(job.config, logits, params, clean.images, len(devices.all))
+        config, why = choose_route(config, logits, params, clean, len(devices.all))
+    job.advice = (
+        "expected an outer_optimizer that the model bears, found "
+        f"{shown(config.outer_optimizer)}; choose a smaller rate, or clip=1.0"
+    )
+    if config.shuffle:
+        order_key, key = jax.random.split(key)
+        clean = shuffled(clean, order_key)
+    batches, sizes = make_batches(clean, config, devices)
+    algorithm = ibau(logits, config, len(sizes), devices.axis, job.program)
+    with job.compiling():
+        state = devices.replicate(jax.jit(algorithm.init)(params, key))
+        size = jax.jit(config.ball.size).lower(clean.images[0]).compile()
+    deltas: list[np.ndarray] = []
+    row: dict[str, Any] = {}
+    yield job.variables, row
+    rounds = config.rounds or 1
+    with job.progress(rounds * len(sizes), "I-BAU") as advance:
+
+        def told(step: Step) -> None:
+            job.check_finite("the loss", devices.one(step.loss))
+            advance(1)
+
+        for _ in range(rounds):
+            advance(0, note_of(row))
+            state, info = algorithm.round(state, batches, told)
+            devices.check_equal(state=state, delta=info.delta)
+            delta, height, steps = jax.tree.map(np.asarray, devices.one(info))
+            deltas.append(delta)
+            row = {
+                "delta_norm": float(size(delta)),
+                "inner_loss": float(height),
+                "outer_loss": float(np.mean([step.loss for step in steps])),
+                **_solves([step.report for step in steps]),
+            }
+            yield {**job.variables, "params": devices.one(state.params)}, row
+        advance(0, note_of(row))
+    route = {"route": config.route, "route_reason": why} if why else {}
+    return Told(deltas=np.stack(deltas), diagnostics=route)
+
+
+def choose_route(
+    config: IBAUConfig, logits: Logits, params: Params, clean: Dataset, num_devices: int
+) -> tuple[IBAUConfig, str | None]:
+    """A config whose route the model and the devices allow, and why it is not the given one.
+
+    A model that forward mode does not go through (a `jax.custom_vjp` inside) takes the route
+    `jaxopt`, which gives the same gradient. Found out by tracing one image, before anything is
+    compiled.
+    """
+    one = "computes on one device, found"
+    if config.route != "explicit" and num_devices > 1:
+        raise InputError(
+            f"the route {config.route!r} {one} {num_devices}: choose the route 'explicit' (the "
+            "same gradient) or one device"
+        )
+    if config.route != "explicit" or isinstance(config.solver, Direct):
+        return config, None
+
+    def inner(delta, params):
+        return jnp.sum(cross_entropy(logits(params, clean.images[:1] + delta), clean.labels[:1]))
+
+    try:
+        why = needs_reverse_mode(inner, jnp.asarray(clean.images[0]), params)
+    except Exception as error:  # whatever the user's own function raises
+        raise InputError(
+            f"the model has no second derivatives ({first_line(error)}): expected a function that "
+            "JAX differentiates twice; the solver Direct() needs first derivatives only"
+        ) from error
+    if why and num_devices > 1:
+        raise InputError(
+            f"the model has no forward-mode derivatives ({why}): it needs the route 'jaxopt', "
+            f"which {one} {num_devices}; choose one device"
+        )
+    return (replace(config, route="jaxopt") if why else config), why
+
+
+def _solves(reports: list[Report]) -> dict[str, Any]:
+    """How well the linear systems of a round were solved; means over the finite values."""
+
+    def mean(values):
+        finite = [float(v) for v in values if v is not None and np.isfinite(v)]
+        return float(np.mean(finite)) if finite else None
+
+    return {
+        "residual": mean([r.residual for r in reports]),
+        "contraction": mean([r.contraction for r in reports]),
+        "products": int(sum(r.steps for r in reports)),
+        "failed_solves": int(sum(bool(r.failed) for r in reports)),
+        "fallbacks": int(sum(bool(r.dropped) for r in reports)),
+    }

@@ -1,0 +1,106 @@
+"""A model as a file of ours holds it, and what can be done with it."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from ibau_jax.attacks import Attack, Network, poison_all
+from ibau_jax.data import DATASETS, DataInfo, Dataset, data_info, load
+from ibau_jax.errors import InputError
+from ibau_jax.models.model import Classifier
+from ibau_jax.models.vgg import build
+
+IMAGE = (32, 32, 3)  # what the architectures read, so the shape of triggers
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """A model with what is needed to use and to measure it.
+
+    Attributes:
+      variables: flax variables, `params` and `batch_stats`.
+      architecture: a name of `ibau_jax.models.vgg.ARCHITECTURES`.
+      num_classes: size of the output.
+      dataset: the data set it was trained on.
+      attacks: those on it, as far as they are known.
+      info: anything else, JSON values (seed, epochs, versions, where it came from).
+    """
+
+    variables: dict[str, Any]
+    architecture: str
+    num_classes: int
+    dataset: str
+    attacks: tuple[Attack, ...] = ()
+    info: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def classifier(self) -> Classifier:
+        """The network, to be called with `variables`."""
+        return Classifier(build(self.architecture, self.num_classes))
+
+    @property
+    def network(self) -> Network:
+        """Features and last layer apart, in evaluation mode, for triggers that are optimised."""
+        module, last = self.classifier.module, self.variables["params"]["classifier"]
+
+        def features(images: jax.Array) -> jax.Array:
+            return module.apply(self.variables, images, features=True)
+
+        return Network(features, jnp.asarray(last["kernel"]), jnp.asarray(last["bias"]))
+
+    @property
+    def hash(self) -> str:
+        """First 16 hex digits of a SHA-256 over names and weights, whatever else is in the file."""
+        digest = hashlib.sha256()
+        for name, value in sorted(flat(self.variables).items()):
+            digest.update(name.encode())
+            digest.update(np.ascontiguousarray(value, np.float32).tobytes())
+        return digest.hexdigest()[:16]
+
+    def data_info(self, dataset: str | None = None) -> DataInfo:
+        """The data set it is measured on: its own, or another one of as many classes.
+
+        Raises:
+          InputError: its own is not known here, or the other one has other classes.
+        """
+        if dataset is None and self.dataset not in DATASETS:
+            raise InputError(
+                f"the model was trained on {self.dataset!r}, which is not known here: choose the "
+                f"data set among {', '.join(DATASETS)}",
+                argument="dataset",
+            )
+        info = data_info(dataset or self.dataset)
+        if info.num_classes != self.num_classes:
+            raise InputError(
+                f"the model has {self.num_classes} classes, the data set {info.name!r} has "
+                f"{info.num_classes}: choose the data set that it was trained on",
+                argument="dataset",
+            )
+        return info
+
+    def train_set(
+        self, info: DataInfo, ratio: float | None = None, data_dir: str | Path | None = None
+    ) -> Dataset | None:
+        """The training set as it was poisoned; None where it is not known how much of it was.
+
+        Args:
+          ratio: poison ratio; None: as `self.info` has it.
+        """
+        ratio = self.info.get("poison_ratio") if ratio is None else ratio
+        if self.attacks and ratio is None:
+            return None
+        data = load(info.name, "train", data_dir)
+        attacks = self.attacks * self.info.get("copies", 1)
+        return poison_all(data, attacks, ratio or 0.0, self.info.get("seed", 0))[0]
+
+
+def flat(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """Variables by their names, such as `params/conv1/kernel`."""
+    return flatten_dict(variables, sep="/")

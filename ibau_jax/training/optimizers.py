@@ -1,0 +1,120 @@
+"""Optimisers by their settings, which can be compared, shown and written down.
+
+`Optimizer` is what a config takes: one of these, any function `optimizer(steps)` that gives an
+optax transformation for so many steps in all, or an optax transformation itself.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, is_dataclass
+from typing import Any
+
+import optax
+
+from ibau_jax.errors import InputError, check_name
+
+Optimizer = optax.GradientTransformation | Callable[[int], optax.GradientTransformation]
+SCHEDULES = ("constant", "cosine")
+
+
+@dataclass(frozen=True)
+class Adam:
+    """Adam (Kingma and Ba, ICLR 2015) with optax's betas.
+
+    Attributes:
+      rate: learning rate.
+      schedule: `constant`, or `cosine`: down to zero over all steps.
+      clip: largest norm of the gradient that it is given; None: no limit.
+    """
+
+    rate: float = 1e-3
+    schedule: str = "constant"
+    clip: float | None = None
+
+    def __post_init__(self):
+        _check(self)
+
+    def __call__(self, steps: int) -> optax.GradientTransformation:
+        """For `steps` steps in all."""
+        return _clipped(self.clip, optax.adam(_rate(self, steps)))
+
+
+@dataclass(frozen=True)
+class SGD:
+    """Gradient descent, with momentum and weight decay.
+
+    Attributes:
+      rate: learning rate.
+      momentum: 0: none.
+      nesterov: in Nesterov's form.
+      decay: factor of the parameters that is added to the gradient.
+      schedule: `constant`, or `cosine`: down to zero over all steps.
+      drops: (share, factor): after that share of all steps the rate is so many times what it was;
+        with the schedule `constant`.
+      clip: largest norm of the gradient that it is given; None: no limit.
+    """
+
+    rate: float = 0.01
+    momentum: float = 0.0
+    nesterov: bool = False
+    decay: float = 0.0
+    schedule: str = "constant"
+    drops: tuple[tuple[float, float], ...] = ()
+    clip: float | None = None
+
+    def __post_init__(self):
+        _check(self)
+        for name in ("momentum", "decay"):
+            if not getattr(self, name) >= 0:
+                raise InputError(f"{name} is {getattr(self, name)}: expected at least 0")
+        if self.drops and self.schedule != "constant":
+            raise InputError("drops with a schedule: expected the schedule 'constant'")
+
+    def __call__(self, steps: int) -> optax.GradientTransformation:
+        """For `steps` steps in all."""
+        descent = optax.sgd(_rate(self, steps), self.momentum or None, self.nesterov)
+        if self.decay:
+            descent = optax.chain(optax.add_decayed_weights(self.decay), descent)
+        return _clipped(self.clip, descent)
+
+
+def transform(optimizer: Optimizer, steps: int) -> optax.GradientTransformation:
+    """The optax transformation of an `Optimizer`, for so many steps in all."""
+    if isinstance(optimizer, optax.GradientTransformation):
+        return optimizer
+    return optimizer(steps)
+
+
+def _check(optimizer: Adam | SGD) -> None:
+    check_name("schedule", optimizer.schedule, SCHEDULES)
+    for name in ("rate", "clip"):
+        value = getattr(optimizer, name)
+        if value is not None and not value > 0:
+            raise InputError(f"{name} is {value}: expected a positive number")
+
+
+def _rate(optimizer: Adam | SGD, steps: int) -> Any:
+    rate = optimizer.rate
+    if optimizer.schedule == "cosine":
+        return optax.cosine_decay_schedule(rate, steps)
+    if drops := getattr(optimizer, "drops", ()):
+        boundaries = {round(steps * share): factor for share, factor in drops}
+        return optax.piecewise_constant_schedule(rate, boundaries)
+    return rate
+
+
+def _clipped(
+    limit: float | None, optimizer: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    if limit is None:
+        return optimizer
+    return optax.chain(optax.clip_by_global_norm(limit), optimizer)
+
+
+def shown(optimizer: Any) -> str:
+    """An `Optimizer` in words, for rows and messages; of an optax one the names of its parts."""
+    if isinstance(optimizer, optax.GradientTransformation):
+        name = getattr(optimizer.update, "__qualname__", "transformation")
+        return f"optax.{name.partition('.')[0]}"
+    if is_dataclass(optimizer):
+        return repr(optimizer)
+    return getattr(optimizer, "__name__", repr(optimizer))
