@@ -37,8 +37,9 @@ from ibau_jax.defenses.inversion.tabor import (
     tabor_score,
     terms,
 )
-from ibau_jax.defenses.nad import NADConfig, attention, augment, distillation, nad
+from ibau_jax.defenses.nad import NADConfig, attention, distillation, nad
 from ibau_jax.models.model import Classifier, Frozen
+from ibau_jax.training.augment import augment
 from ibau_jax.training.optimizers import SGD, Adam, transform
 
 KEY = jax.random.key(0)
@@ -261,9 +262,9 @@ def test_the_rate_falls_at_the_same_part_of_the_way():
     config = Tuning(epochs=4, optimizer=SGD(1.0, drops=((0.5, 0.1),)))
     for steps in (8, 30):
         step = transform(config.optimizer, steps)
-        state, rates = step.init(0.0), []
+        state, rates = step.init(np.float32(0)), []
         for _ in range(steps):
-            update, state = step.update(1.0, state, 0.0)
+            update, state = step.update(np.float32(1), state, np.float32(0))
             rates.append(-float(update))
         np.testing.assert_allclose(rates, [1.0] * (steps // 2) + [0.1] * (steps // 2), rtol=1e-6)
 

@@ -173,7 +173,7 @@ def test_states_are_looked_at_before_a_trigger_is_made(tmp_path, monkeypatch, ca
 
     monkeypatch.setattr(attack_options, "make_attacks", make)
     for options, told in (
-        ([], "holds an unfinished training: go on with it by --resume, or remove the folder"),
+        ([], "holds an unfinished training: resume it, or remove the folder"),
         (["--resume"], "begun with poison ratio 0.3, now it is 0.2: give the options"),
         (["--resume", "--poison-ratio", "0.3", "--seed", "1"], "seed 0, now it is 1"),
         (["--resume", "--poison-ratio", "0.3", "--copies", "2"], "copies 1, now it is 2"),
