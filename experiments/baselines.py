@@ -1,4 +1,4 @@
-"""Every defense on three of the published models, beside the paper's figures.
+"""Every defense on the five published models and seven of the zoo, beside the paper's figures.
 
     python experiments/baselines.py run --reference DIR [--defenses nad naive] [--models BadNets]
     python experiments/baselines.py table
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+from published_models import MODELS as PUBLISHED
 from published_models import import_model, read
 
 from ibau_jax.commands import defend
@@ -28,6 +29,12 @@ from ibau_jax.results.rows import read_rows, write_rows
 RESULTS = Path(__file__).parent / "results" / "baselines.jsonl"
 RACE = RESULTS.with_name("race.jsonl")
 POISON_RATIO = 0.2  # of the published models
+ZOO = Path(__file__).parent / "zoo"
+FROM_ZOO = (
+    *("cifar10-l0", "cifar10-smooth", "cifar10-blend", "cifar10-all-to-all"),
+    *("cifar10-seven-target", "gtsrb-all-to-all", "gtsrb-trojan-square"),
+)
+MODELS = (*PUBLISHED, *FROM_ZOO)
 # ACC and ASR in %: Table 1 for CIFAR-10, Table 2 for GTSRB (which has neither NC nor DI).
 PAPER = {
     "BadNets": {
@@ -65,7 +72,7 @@ class Run:
     reference: Path
     """Folder of the published models (checkpoints/, triggers/)."""
     defenses: tuple[str, ...] = tuple(DEFENSES)
-    models: tuple[str, ...] = tuple(PAPER)
+    models: tuple[str, ...] = MODELS
     seeds: tuple[int, ...] = (0,)
     out: Path = RESULTS
     again: bool = False
@@ -76,7 +83,7 @@ def run(grid: Run) -> None:
     """Fill the grid."""
     cells = [(m, d, s) for s in grid.seeds for d in grid.defenses for m in grid.models]
     for name, defense, seed in cells:
-        check_name("model", name, PAPER)
+        check_name("model", name, MODELS)
         cell = name, defense, seed
         if not grid.again and any(key(row) == cell for row in read(grid.out)):
             continue
@@ -89,16 +96,19 @@ def run(grid: Run) -> None:
 def one(reference: Path, name: str, defense: str, seed: int) -> list[dict]:
     """The rows of all rounds of a defense on a published model; the last has its diagnostics."""
     with tempfile.TemporaryDirectory() as folder:
+        zoo = name in FROM_ZOO
+        path = ZOO / f"{name}.safetensors" if zoo else import_model(reference, name, Path(folder))
         found = defend.defend(
-            import_model(reference, name, Path(folder)),
+            path,
             defense=defense,
             seed=seed,
             out=Path(folder) / "run",
-            poison_ratio=POISON_RATIO if DEFENSES[defense].train_set else None,
+            poison_ratio=POISON_RATIO if DEFENSES[defense].train_set and not zoo else None,
             experiment=name,
             progress=True,
         )
-        rows = [{**r, "poison_ratio": POISON_RATIO} for r in read_rows(Path(folder) / "run")]
+        more = {} if zoo else {"poison_ratio": POISON_RATIO}
+        rows = [{**r, **more} for r in read_rows(Path(folder) / "run")]
     rows[-1]["diagnostics"] = found["diagnostics"]
     return rows
 
@@ -156,7 +166,8 @@ def table() -> None:
         "| to take effect |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|---|---|")
-    for name, paper in PAPER.items():
+    for name in MODELS:
+        paper = PAPER.get(name, {})
         for defense in ("none", *DEFENSES):
             rows = runs.get((name, "ibau" if defense == "none" else defense, 0))
             if rows is None:

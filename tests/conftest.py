@@ -7,6 +7,7 @@ import itertools
 import os
 import shutil
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 # The same programs are compiled in many tests and in the commands that they start.
@@ -15,6 +16,13 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
+# Most of the time is spent on optimising programs that run for a moment. With these flags it is
+# half; XLA ends a process that names a flag which it does not know, as it does one of them later.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=1"
+    + " --xla_cpu_use_fusion_emitters=false" * (int(version("jax").split(".")[1]) < 11),
+)
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # two workers share one GPU
 
 import jax

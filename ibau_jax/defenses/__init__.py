@@ -4,11 +4,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from ibau_jax.defenses import dp_sgd, fine_pruning, finetune, nad, naive
+from ibau_jax.defenses import anp, clp, dp_sgd, fine_pruning, finetune, ft_sam, nad, naive, sau
 from ibau_jax.defenses.ibau import unlearn
 from ibau_jax.defenses.inversion import deepinspect, neural_cleanse, tabor
 from ibau_jax.defenses.run import Method
-from ibau_jax.errors import check_name
+from ibau_jax.errors import InputError, check_name
 from ibau_jax.unlearning.config import PRESETS
 
 
@@ -18,12 +18,15 @@ class Defense(NamedTuple):
     Attributes:
       method: called as `unlearn` is.
       presets: name -> function of the data set's name -> config; the first is the default.
-      train_set: it is also given the training set (poisoned as it is), as `train_set=`.
     """
 
     method: Method
     presets: dict[str, Callable[[str], Any]]
-    train_set: bool = False
+
+    @property
+    def train_set(self) -> bool:
+        """Does it train on the training set (poisoned as it is)?"""
+        return "train_set" in self.method.data
 
 
 DEFENSES: dict[str, Defense] = {
@@ -34,8 +37,12 @@ DEFENSES: dict[str, Defense] = {
     "tabor": Defense(tabor.tabor, tabor.PRESETS),
     "fine-pruning": Defense(fine_pruning.fine_pruning, fine_pruning.PRESETS),
     "nad": Defense(nad.nad, nad.PRESETS),
-    "dp-sgd": Defense(dp_sgd.dp_sgd, dp_sgd.PRESETS, train_set=True),
+    "dp-sgd": Defense(dp_sgd.dp_sgd, dp_sgd.PRESETS),
     "naive": Defense(naive.naive, naive.PRESETS),
+    "ft-sam": Defense(ft_sam.ft_sam, ft_sam.PRESETS),
+    "sau": Defense(sau.sau, sau.PRESETS),
+    "anp": Defense(anp.anp, anp.PRESETS),
+    "clp": Defense(clp.clp, clp.PRESETS),
 }
 
 
@@ -55,5 +62,7 @@ def with_rounds(config: Any, rounds: int) -> Any:
     for name in ("rounds", "epochs"):
         if hasattr(config, name):
             return replace(config, **{name: rounds})
-    name = "student" if hasattr(config, "student") else "tuning"
-    return replace(config, **{name: with_rounds(getattr(config, name), rounds)})
+    for name in ("student", "tuning"):
+        if hasattr(config, name):
+            return replace(config, **{name: with_rounds(getattr(config, name), rounds)})
+    raise InputError("the defense has one round, whose number cannot be chosen", argument="rounds")

@@ -64,7 +64,7 @@ PRESETS = {
 }
 
 
-@method(DPSGD())
+@method(DPSGD(), data=("train_set",))
 def dp_sgd(job: Job) -> Rounds:
     """Train the network anew on the poisoned set with DP-SGD (paper A.3.2).
 

@@ -215,10 +215,11 @@ class Method:
     Attributes:
       rounds: the generator (see the top of this file).
       config: the default settings.
+      data: names of the other data sets that it takes.
     """
 
-    def __init__(self, rounds: Callable[[Job], Rounds], config: Any):
-        self.rounds, self.config = rounds, config
+    def __init__(self, rounds: Callable[[Job], Rounds], config: Any, data: tuple[str, ...] = ()):
+        self.rounds, self.config, self.data = rounds, config, data
         self.__name__, self.__doc__ = rounds.__name__, rounds.__doc__
 
     def run(
@@ -251,12 +252,15 @@ class Method:
           devices: over which each batch is spread (`devices.mesh.devices`); default: all of all
             processes. The result is the same but for rounding. With many processes all call this
             with the same arguments.
-          data: what the defense needs besides, such as `train_set`.
+          data: other data sets that the defense takes, such as `train_set`.
 
         Raises:
           InputError: the model or the clean set are not as described; in the run, the defense
             needs what the model does not have, or numbers are no longer finite.
         """
+        if unknown := sorted(data.keys() - set(self.data)):
+            taken = ", ".join(self.data) or "no other data set"
+            raise TypeError(f"{self.__name__}: unknown argument {unknown[0]!r}; it takes {taken}")
         clean = check_clean(logits, params, clean)
         model, variables = opened(logits, params)
         job = Job(
@@ -301,9 +305,9 @@ class Method:
         return f"<defense {self.__name__}, by default {self.config}>"
 
 
-def method(config: Any) -> Callable[[Callable[[Job], Rounds]], Method]:
-    """Make a `Method` of a generator; `config` are its default settings."""
-    return lambda rounds: Method(rounds, config)
+def method(config: Any, data: tuple[str, ...] = ()) -> Callable[..., Method]:
+    """Make a `Method` of a generator; see there."""
+    return lambda rounds: Method(rounds, config, data)
 
 
 def finite(value: Any) -> float | None:

@@ -179,7 +179,7 @@ class Devices(NamedTuple):
         self, function: Callable, count: int, rows: tuple[int, ...], donate: tuple[int, ...] = ()
     ) -> Any:
         """`function` of so many arguments, mapped over the devices; see `compile`."""
-        if self.mapping == "pmap":
+        if self.mapping == "pmap" and rows:  # which does not map a program without any
             axes = tuple(0 if i in rows else None for i in range(count))
             return jax.pmap(
                 function,

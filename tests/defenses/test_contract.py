@@ -12,14 +12,17 @@ from conftest import MODEL, SQUARE, clean, measure, same, small_digits, small_mo
 from ibau_jax import Dataset, IBAUConfig, InputError, unlearn
 from ibau_jax.attacks import poison
 from ibau_jax.defenses import DEFENSES
+from ibau_jax.defenses.anp import ANPConfig
 from ibau_jax.defenses.dp_sgd import DPSGD
 from ibau_jax.defenses.fine_pruning import FinePruningConfig
 from ibau_jax.defenses.finetune import Tuning, finetune
+from ibau_jax.defenses.ft_sam import FTSAMConfig
 from ibau_jax.defenses.inversion.deepinspect import DeepInspectConfig
 from ibau_jax.defenses.inversion.neural_cleanse import NeuralCleanseConfig
 from ibau_jax.defenses.inversion.tabor import TaborConfig
 from ibau_jax.defenses.nad import NADConfig
 from ibau_jax.defenses.naive import Naive
+from ibau_jax.defenses.sau import SAUConfig
 from ibau_jax.training.optimizers import SGD, Adam
 
 KEY = jax.random.key(0)
@@ -41,6 +44,9 @@ QUICK = {  # of defenses that take long, settings for the contract
         betas=(500.0, 1000.0), teacher=ONE, student=ONE, crop=0, flip=False, cutout=0
     ),
     "dp-sgd": DPSGD(epochs=2, batch_size=50, noise_multiplier=0.1),
+    "ft-sam": FTSAMConfig(tuning=ONE, crop=0, flip=False),
+    "sau": SAUConfig(tuning=replace(ONE, optimizer=Adam(1e-4))),
+    "anp": ANPConfig(steps=20),
     "naive": Naive(rounds=2, images=20, batch_size=40, share=0.1),
 }
 
@@ -80,7 +86,8 @@ def test_contract(name):
     assert [r["round"] for r in seen] == list(range(len(seen))) and found.history == seen[1:]
     assert len(seen) > 1 and all({"acc", "seconds"} <= set(r) for r in seen)
     assert found.seconds == pytest.approx(sum(r["seconds"] for r in seen)) and found.seconds > 0
-    assert found.compile_seconds > 0 and found.deltas.ndim == 4
+    assert found.compile_seconds > 0 or name == "clp"  # which trains nothing
+    assert found.deltas.ndim == 4
     json.dumps([dict(found.diagnostics), found.history], allow_nan=False)
     for picture in found.found.values():
         assert picture.shape == (16, 16, 1) and 0 <= picture.min() <= picture.max() <= 1
@@ -100,9 +107,12 @@ def test_contract(name):
     assert seen[-1]["acc"] > 0.85 or DEFENSES[name].train_set  # those train anew
     # the seed decides, and nothing else
     same(run(name).result().params, found.params)
-    other = run(name, key=jax.random.key(1)).result().params
-    kernels = [np.asarray(p["params"]["conv2"]["kernel"], float) for p in (other, found.params)]
-    assert np.abs(kernels[0] - kernels[1]).max() > 0
+    other = run(name, key=jax.random.key(1)).result()
+    kernels = [np.asarray(r.params["params"]["conv2"]["kernel"], float) for r in (other, found)]
+    moved = np.abs(kernels[0] - kernels[1]).max() > 0
+    if name in ("anp", "clp"):  # they only cut channels; in clp nothing is random
+        moved = name == "clp" or other.diagnostics["masks"] != found.diagnostics["masks"]
+    assert moved
 
 
 def broken(what: str) -> tuple[dict, Dataset]:
@@ -168,6 +178,12 @@ def test_refusals_in_one_line(name, what):
     with pytest.raises(InputError, match=REFUSED[what]) as refused:
         next(iter(run(name, variables, data)))  # before the first measurement
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", DEFENSES)
+def test_an_unknown_argument_is_refused(name):
+    with pytest.raises(TypeError, match="unknown argument 'on_round'"):
+        run(name, on_round=print)
 
 
 @pytest.mark.parametrize("name", DEFENSES)
