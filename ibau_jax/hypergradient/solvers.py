@@ -140,9 +140,9 @@ class NormalCG:
         def product(v):
             return scale(1 / unit, matvec(v))
 
-        y, steps = _least_squares(
-            product, b, scale(1 / unit, slope), self.damping / unit / unit, self
-        )
+        # XLA makes damping / (unit * unit) of it, which without damping may be 0 / 0.
+        damping = self.damping / unit / unit if self.damping else jnp.zeros_like(unit)
+        y, steps = _least_squares(product, b, scale(1 / unit, slope), damping, self)
         return Solution(scale(1 / unit, y), 2 * steps + 1)
 
 
