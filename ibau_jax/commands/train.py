@@ -74,10 +74,10 @@ def check_options(
     if processes.is_first():
         make_folder(Path(out).parent, "out")
     if keep_states and jax.process_count() == 1:
-        known = _settings(dataset, config, poison_ratio, copies, seed, clean)
+        known = settings_of(dataset, config, poison_ratio, copies, seed, clean)
         if epochs is None:
             known.pop("epochs")  # they depend on the attacks
-        check_states(_states(out), known, resume)
+        check_states(states_folder(out), known, resume)
     return config, devices
 
 
@@ -85,12 +85,12 @@ def _ratio(poison_ratio: float | None) -> float:
     return 0.2 if poison_ratio is None else poison_ratio
 
 
-def _states(out: str | Path) -> Path:
+def states_folder(out: str | Path) -> Path:
     """The folder of the states of a training that writes `out`."""
     return Path(out).with_name(Path(out).name + ".checkpoints")
 
 
-def _settings(
+def settings_of(
     dataset: str,
     config: TrainConfig,
     poison_ratio: float | None,
@@ -185,7 +185,7 @@ def train_model(
     checkpoints = None
     if keep_states and jax.process_count() == 1:
         settings = {
-            **_settings(dataset, config, poison_ratio, copies, seed, not attacks),
+            **settings_of(dataset, config, poison_ratio, copies, seed, not attacks),
             "attack": names_of(attacks),
             "targets": [attack.target for attack in attacks],
             "triggers": [_digest(trigger) for trigger in triggers],
@@ -193,7 +193,7 @@ def train_model(
         }
         libraries = {k: v for k, v in versions().items() if k != "ibau_jax"}
         where = {"devices": len(devices.all), "backend": jax.default_backend(), **libraries}
-        checkpoints = Checkpoints(_states(out), settings, resume, environment=where)
+        checkpoints = Checkpoints(states_folder(out), settings, resume, environment=where)
 
     started = time.perf_counter()
     measure = evaluator(Classifier(module), held_out, attacks)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from ibau_jax.defenses import anp, clp, dp_sgd, fine_pruning, finetune, ft_sam, nad, naive, sau
 from ibau_jax.defenses.ibau import unlearn
 from ibau_jax.defenses.inversion import deepinspect, neural_cleanse, tabor
-from ibau_jax.defenses.run import Method
+from ibau_jax.defenses.method import Method
 from ibau_jax.errors import InputError, check_name
 from ibau_jax.unlearning.config import PRESETS
 

@@ -16,7 +16,8 @@ import numpy as np
 import optax
 
 from ibau_jax.data import Dataset
-from ibau_jax.defenses.run import Job, Rounds, Told, method
+from ibau_jax.defenses.method import method
+from ibau_jax.defenses.run import Job, Rounds, Told
 from ibau_jax.devices import mesh
 from ibau_jax.errors import InputError, check_positive
 from ibau_jax.models.normed import Normed, changed, normed_layers

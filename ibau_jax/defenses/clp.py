@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 import numpy as np
 
-from ibau_jax.defenses.run import Job, Rounds, Told, method
+from ibau_jax.defenses.method import method
+from ibau_jax.defenses.run import Job, Rounds, Told
 from ibau_jax.errors import InputError, check_positive
 from ibau_jax.models.normed import changed, normed_layers
 

@@ -17,7 +17,8 @@ import numpy as np
 import optax
 
 from ibau_jax.data import Dataset
-from ibau_jax.defenses.run import Job, Rounds, Told, finite, method
+from ibau_jax.defenses.method import method
+from ibau_jax.defenses.run import Job, Rounds, Told, finite
 from ibau_jax.devices.microbatch import accumulate
 from ibau_jax.errors import InputError, check_positive
 from ibau_jax.models.model import Classifier, Params, Variables, needs_module

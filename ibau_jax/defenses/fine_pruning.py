@@ -16,7 +16,8 @@ import numpy as np
 
 from ibau_jax.data import Dataset
 from ibau_jax.defenses.finetune import Tuning, tune
-from ibau_jax.defenses.run import Job, Rounds, Told, method
+from ibau_jax.defenses.method import method
+from ibau_jax.defenses.run import Job, Rounds, Told
 from ibau_jax.errors import InputError, check_positive
 from ibau_jax.models.model import Classifier, Params, needs_module
 from ibau_jax.training.optimizers import Adam

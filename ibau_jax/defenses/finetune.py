@@ -7,7 +7,8 @@ from typing import Any
 import jax
 
 from ibau_jax.data import Dataset
-from ibau_jax.defenses.run import Job, Rounds, Told, method
+from ibau_jax.defenses.method import method
+from ibau_jax.defenses.run import Job, Rounds, Told
 from ibau_jax.errors import InputError, check_positive
 from ibau_jax.models.model import Variables
 from ibau_jax.training.loop import Fit, TrainState, batches_of, cross_entropy

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import optax
 
 from ibau_jax.defenses.finetune import Tuning, tune
-from ibau_jax.defenses.run import Job, Rounds, Told, method
+from ibau_jax.defenses.method import method
+from ibau_jax.defenses.run import Job, Rounds, Told
 from ibau_jax.devices import mesh
 from ibau_jax.errors import InputError, check_positive
 from ibau_jax.models.model import Model, Params

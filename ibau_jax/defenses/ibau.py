@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ibau_jax.data import Dataset
-from ibau_jax.defenses.run import Job, Rounds, Told, method
+from ibau_jax.defenses.method import method
+from ibau_jax.defenses.run import Job, Rounds, Told
 from ibau_jax.errors import InputError, first_line
 from ibau_jax.hypergradient import Direct, Report, needs_reverse_mode
 from ibau_jax.models.model import Logits, Params, of_params

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ibau_jax.defenses.finetune import MEASURED, Tuning, tune
-from ibau_jax.defenses.run import Job, Rounds, Told, method
+from ibau_jax.defenses.method import method
+from ibau_jax.defenses.run import Job, Rounds, Told
 from ibau_jax.errors import InputError
 from ibau_jax.models.model import Classifier, needs_module
 from ibau_jax.training.augment import augment

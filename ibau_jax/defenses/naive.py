@@ -23,7 +23,8 @@ import jax
 import numpy as np
 
 from ibau_jax.defenses.deepfool import Universal, chunks, make_search
-from ibau_jax.defenses.run import Job, Rounds, Told, method
+from ibau_jax.defenses.method import method
+from ibau_jax.defenses.run import Job, Rounds, Told
 from ibau_jax.errors import check_positive
 from ibau_jax.hypergradient import Direct
 from ibau_jax.models.model import of_params

@@ -17,7 +17,7 @@ from ibau_jax.commands.cli import main
 from ibau_jax.defenses import Defense
 from ibau_jax.defenses.inversion import neural_cleanse
 from ibau_jax.defenses.inversion.neural_cleanse import NeuralCleanseConfig
-from ibau_jax.defenses.run import method
+from ibau_jax.defenses.method import method
 from ibau_jax.models.files import load_model, save_model
 from ibau_jax.models.stored import StoredModel
 from ibau_jax.results.metrics import Metrics

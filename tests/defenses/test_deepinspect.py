@@ -141,7 +141,7 @@ def test_generator(shape):
 def test_upsampling_repeats_every_value():
     x = np.arange(4.0).reshape(1, 2, 2, 1)
     expected = [[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 3, 3], [2, 2, 3, 3]]
-    np.testing.assert_array_equal(generators._doubled(jnp.array(x))[0, :, :, 0], expected)
+    np.testing.assert_array_equal(generators.doubled(jnp.array(x))[0, :, :, 0], expected)
 
 
 def test_what_is_drawn_does_not_depend_on_the_devices():

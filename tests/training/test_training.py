@@ -155,8 +155,8 @@ def states_of(out, **options):
     options = {"dataset": "digits", "clean": True, "copies": 1, "seed": 0} | options
     config = replace(TrainConfig.cpu("digits"), epochs=options.pop("epochs", 8))
     ratio = options.pop("poison_ratio", None)
-    settings = command._settings(config=config, poison_ratio=ratio, **options)
-    states = Checkpoints(command._states(out), settings, seconds=0)
+    settings = command.settings_of(config=config, poison_ratio=ratio, **options)
+    states = Checkpoints(command.states_folder(out), settings, seconds=0)
     states.save(1, [np.zeros(3)], {"history": [], "losses": [], "seconds": 0.0})
     states.close()
 

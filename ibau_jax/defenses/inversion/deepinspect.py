@@ -25,7 +25,8 @@ from ibau_jax.defenses.inversion.outliers import (
     note,
     stand_out,
 )
-from ibau_jax.defenses.run import Job, Rounds, Told, finite, method
+from ibau_jax.defenses.method import method
+from ibau_jax.defenses.run import Job, Rounds, Told, finite
 from ibau_jax.devices import mesh
 from ibau_jax.errors import InputError, check_name, check_positive
 from ibau_jax.models.model import Params

@@ -58,11 +58,11 @@ class Generator(nn.Module):
         for i, (features, init) in enumerate(layers, 1):
             kernel = self.param(f"kernel{i}", init, (3, 3, x.shape[-1], features), dtype)
             bias = self.param(f"bias{i}", zeros, (features,), dtype)
-            x = convolve(_doubled(nn.relu(x)), kernel) + bias
+            x = convolve(doubled(nn.relu(x)), kernel) + bias
         return jnp.tanh(x)[:, :height, :width]
 
 
-def _doubled(x: jax.Array) -> jax.Array:
+def doubled(x: jax.Array) -> jax.Array:
     """Every value twice in both directions: [N, H, W, C] -> [N, 2H, 2W, C]."""
     return x.repeat(2, axis=1).repeat(2, axis=2)
 

@@ -26,7 +26,8 @@ from ibau_jax.defenses.inversion.outliers import (
     with_stamps,
 )
 from ibau_jax.defenses.inversion.search import Found, Step, Terms, label_loss, reverse_engineer
-from ibau_jax.defenses.run import Job, Rounds, Told, finite, method
+from ibau_jax.defenses.method import method
+from ibau_jax.defenses.run import Job, Rounds, Told, finite
 from ibau_jax.errors import check_name, check_positive
 from ibau_jax.models.model import Variables
 

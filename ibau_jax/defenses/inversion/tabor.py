@@ -23,7 +23,8 @@ from ibau_jax.defenses.inversion.search import (
     reverse_engineer,
     stamp,
 )
-from ibau_jax.defenses.run import Job, Rounds, finite, method
+from ibau_jax.defenses.method import method
+from ibau_jax.defenses.run import Job, Rounds, finite
 from ibau_jax.errors import InputError, check_name, check_positive
 from ibau_jax.models.model import Model, Variables
 from ibau_jax.models.predict import predict
