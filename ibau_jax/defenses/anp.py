@@ -23,6 +23,8 @@ from ibau_jax.errors import InputError, check_positive
 from ibau_jax.models.normed import Normed, changed, normed_layers
 from ibau_jax.models.predict import predict
 from ibau_jax.training.loop import Fit, TrainState, batch_mean, batches_of
+from ibau_jax.unlearning.batches import parted
+from ibau_jax.unlearning.objective import cross_entropy
 
 
 @dataclass(frozen=True)
@@ -87,14 +89,10 @@ def anp(job: Job) -> Rounds:
             "one to choose the threshold by and one to find the masks with; give more images"
         )
     split_key, order_key, key = jax.random.split(job.key, 3)
-    order = np.asarray(jax.random.permutation(split_key, len(job.clean.labels)))
-    held_back, rest = (
-        Dataset(job.clean.images[rows], job.clean.labels[rows])
-        for rows in (order[:count], order[count:])
-    )
+    held_back, rest = parted(job.clean, split_key, count)
     job.advice = f"expected a rate that the masks bear, found {config.rate:g}; choose a smaller one"
     yield job.variables, {}
-    masks = {layer.name: jnp.ones(_size(job.variables, layer)) for layer in layers}
+    masks = {layer.name: jnp.ones(layer.channels) for layer in layers}
     optimizer = optax.sgd(config.rate, config.momentum)
     batch_size, per_epoch = batches_of(len(rest.labels), config.batch_size)
     fitting = Fit(
@@ -128,8 +126,7 @@ def robust(job: Job, layers: list[Normed]):
         def loss(masks, noise):
             variables = noisy(others["model"], layers, masks, noise)
             logits = job.model(variables, images)
-            losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
-            return batch_mean(losses, weights, axis)
+            return batch_mean(cross_entropy(logits, labels), weights, axis)
 
         # One step of the sign from a random start, as large as the ball.
         fixed = jax.lax.stop_gradient(masks)
@@ -194,10 +191,3 @@ def cut(
         found = variables, float(threshold), acc
     channels = sum(int((mask < found[1]).sum()) for mask in masks.values())
     return found[0], {"channels": channels, "threshold": found[1], "held_back_acc": found[2]}
-
-
-def _size(variables: Any, layer: Normed) -> int:
-    leaf = variables["params"]
-    for part in layer.scale:
-        leaf = leaf[part]
-    return leaf.size

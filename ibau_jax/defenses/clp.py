@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from ibau_jax.defenses.method import method
 from ibau_jax.defenses.run import Job, Rounds, Told
@@ -54,16 +55,13 @@ def clp(job: Job) -> Rounds:
             "variables have 'batch_stats' and a convolution beside them, found none"
         )
     yield job.variables, {}
-    cut = {}
+    cut, statistics = {}, flatten_dict(job.variables["batch_stats"])
 
     def without(params):
         new = {}
         for layer in layers:
-            var = job.variables["batch_stats"]
-            for part in layer.var:
-                var = var[part]
-            scale = np.asarray(params[layer.scale])
-            sigma = sensitivity(params[layer.kernel], scale / np.sqrt(np.asarray(var) + EPSILON))
+            deviation = np.sqrt(np.asarray(statistics[layer.var]) + EPSILON)
+            sigma = sensitivity(params[layer.kernel], np.asarray(params[layer.scale]) / deviation)
             high = sigma > sigma.mean() + job.config.threshold * sigma.std()
             cut[layer.name] = np.flatnonzero(high).tolist()
             new |= {path: jnp.where(high, 0, params[path]) for path in (layer.scale, layer.offset)}

@@ -21,6 +21,7 @@ from ibau_jax.defenses.run import Job, Rounds, Told
 from ibau_jax.errors import InputError, check_positive
 from ibau_jax.models.model import Classifier, Params, needs_module
 from ibau_jax.training.optimizers import Adam
+from ibau_jax.unlearning.batches import parted
 
 
 @dataclass(frozen=True)
@@ -74,11 +75,7 @@ def fine_pruning(job: Job) -> Rounds:
             "one to prune by and one to fine-tune on; give more images or another part"
         )
     split_key, key = jax.random.split(job.key)
-    order = np.asarray(jax.random.permutation(split_key, len(job.clean.labels)))
-    prune_by, rest = (
-        Dataset(job.clean.images[rows], job.clean.labels[rows])
-        for rows in (order[:count], order[count:])
-    )
+    prune_by, rest = parted(job.clean, split_key, count)
     yield job.variables, {}
     kept, activity, pruned, accuracy = prune(
         model, job.variables, prune_by, job.config.drop, compiling=job.compiling

@@ -19,6 +19,7 @@ class Normed(NamedTuple):
       name: of the module in `batch_stats`, parts joined by `/`.
       scale, offset: paths in `params`.
       var: path in `batch_stats`.
+      channels: how many.
       kernel: path in `params`: in the same module (`ConvNormELU`), or in that of the same scope
         and number (`Conv_3` of `BatchNorm_3`) with as many channels; None: not known.
     """
@@ -27,6 +28,7 @@ class Normed(NamedTuple):
     scale: Path
     offset: Path
     var: Path
+    channels: int
     kernel: Path | None
 
 
@@ -39,8 +41,9 @@ def normed_layers(variables: Variables) -> list[Normed]:
         offset = next((module + (n,) for n in OFFSETS if module + (n,) in params), None)
         if path[-1] == "var" and module + ("scale",) in params and offset is not None:
             scale = module + ("scale",)
-            kernel = _kernel(params, module, params[scale].size)
-            found.append(Normed("/".join(module), scale, offset, path, kernel))
+            channels = params[scale].size
+            kernel = _kernel(params, module, channels)
+            found.append(Normed("/".join(module), scale, offset, path, channels, kernel))
     return sorted(found, key=lambda layer: _natural(layer.name))
 
 

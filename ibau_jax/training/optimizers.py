@@ -10,7 +10,7 @@ from typing import Any
 
 import optax
 
-from ibau_jax.errors import InputError, check_name
+from ibau_jax.errors import InputError, check_name, check_positive
 
 Optimizer = optax.GradientTransformation | Callable[[int], optax.GradientTransformation]
 SCHEDULES = ("constant", "cosine")
@@ -86,10 +86,7 @@ def transform(optimizer: Optimizer, steps: int) -> optax.GradientTransformation:
 
 def _check(optimizer: Adam | SGD) -> None:
     check_name("schedule", optimizer.schedule, SCHEDULES)
-    for name in ("rate", "clip"):
-        value = getattr(optimizer, name)
-        if value is not None and not value > 0:
-            raise InputError(f"{name} is {value}: expected a positive number")
+    check_positive(optimizer, "rate", "clip")
 
 
 def _rate(optimizer: Adam | SGD, steps: int) -> Any:

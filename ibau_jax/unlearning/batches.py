@@ -81,6 +81,12 @@ def shuffled(clean: Dataset, key: jax.Array) -> Dataset:
     return Dataset(clean.images[order], clean.labels[order])
 
 
+def parted(clean: Dataset, key: jax.Array, count: int) -> tuple[Dataset, Dataset]:
+    """`count` images drawn from `key`, and the others."""
+    images, labels = shuffled(clean, key)
+    return Dataset(images[:count], labels[:count]), Dataset(images[count:], labels[count:])
+
+
 def first_rows(batch: Batch, count: int | None, multiple: int, axis: str | None = None) -> Batch:
     """The first `count` images of a batch, weights adding up to 1 again; None: all.
 

@@ -5,7 +5,7 @@ from typing import Literal
 
 import optax
 
-from ibau_jax.errors import InputError, check_name
+from ibau_jax.errors import InputError, check_name, check_positive
 from ibau_jax.hypergradient import Ball, Neumann, NormalCG, Solver
 from ibau_jax.training.optimizers import SGD, Adam, Optimizer, transform
 
@@ -21,8 +21,7 @@ class Relative:
     rate: float = 0.05
 
     def __post_init__(self):
-        if not self.rate > 0:
-            raise InputError(f"rate is {self.rate}: expected a positive number")
+        check_positive(self, "rate")
 
     def within(self, ball: Ball, steps: int) -> optax.GradientTransformation:
         """For `steps` steps in a ball."""
@@ -98,8 +97,7 @@ class IBAUConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} is {value}: expected a whole number of at least 1")
-        if not self.radius > 0:
-            raise InputError(f"radius is {self.radius}: expected a positive number")
+        check_positive(self, "radius")
         for name in ("inner_optimizer", "outer_optimizer"):
             found = getattr(self, name)
             if not (callable(found) or isinstance(found, Relative | optax.GradientTransformation)):
