@@ -64,26 +64,23 @@ def ours(settings: Settings, variables, clean) -> tuple[dict, float, float]:
     return result.params, result.seconds, result.compile_seconds
 
 
-def pytorch(settings: Settings, clean) -> tuple[dict, float, float]:
-    """The round in PyTorch; parameters come back in our layout."""
+def torch_round(modules, clean, seed: int, batch_size: int = 100) -> float:
+    """A round in PyTorch, of the modules and on the device where they are; its seconds."""
     import torch
     from torch.autograd import grad
     from torch.nn.functional import cross_entropy
-    from torch_vgg import logits, torch_vgg
+    from torch_vgg import logits
 
-    modules = torch_vgg(inplace=False)  # as its rows were measured
-    content = torch.load(settings.checkpoint, map_location="cpu", weights_only=True)
-    modules.load_state_dict(content["net"])
-    modules.eval()
     params = list(modules.parameters())
+    place = params[0].device
 
     def model(x):
         return logits(modules, x)
 
-    x = torch.from_numpy(np.asarray(clean.images).transpose(0, 3, 1, 2).copy())
-    y = torch.from_numpy(np.asarray(clean.labels).astype(np.int64))
-    batches = list(zip(x.split(100), y.split(100), strict=True))
-    draw = np.random.default_rng(settings.seed)
+    x = torch.from_numpy(np.asarray(clean.images).transpose(0, 3, 1, 2).copy()).to(place)
+    y = torch.from_numpy(np.asarray(clean.labels).astype(np.int64)).to(place)
+    batches = list(zip(x.split(batch_size), y.split(batch_size), strict=True))
+    draw = np.random.default_rng(seed)
 
     started = time.perf_counter()
     delta = torch.zeros_like(x[:1], requires_grad=True)
@@ -99,7 +96,7 @@ def pytorch(settings: Settings, clean) -> tuple[dict, float, float]:
     optimizer = torch.optim.Adam(params, lr=1e-3)
     first, truth = batches[0]
     for images, labels in batches:
-        patched = torch.zeros(len(images), 1, 1, 1)
+        patched = torch.zeros(len(images), 1, 1, 1, device=place)
         patched[draw.integers(len(images))] = 1
         outer = cross_entropy(model(images + patched * delta), labels)
         to_delta, *direct = grad(outer, [delta, *params])
@@ -113,8 +110,20 @@ def pytorch(settings: Settings, clean) -> tuple[dict, float, float]:
         for parameter, d, m in zip(params, direct, mixed, strict=True):
             parameter.grad = d if m is None else d - 0.1 * m
         optimizer.step()
-    seconds = time.perf_counter() - started
+    if place.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
 
+
+def pytorch(settings: Settings, clean) -> tuple[dict, float, float]:
+    """The round in PyTorch; parameters come back in our layout."""
+    import torch
+    from torch_vgg import torch_vgg
+
+    modules = torch_vgg(inplace=False)  # as its rows were measured
+    content = torch.load(settings.checkpoint, map_location="cpu", weights_only=True)
+    modules.load_state_dict(content["net"])
+    seconds = torch_round(modules.eval(), clean, settings.seed)
     # Through a file, since that is where the layouts are translated.
     cleaned = settings.out.with_suffix(f".{settings.seed}.pth")
     cleaned.parent.mkdir(parents=True, exist_ok=True)

@@ -61,14 +61,16 @@ def ours(
     return run
 
 
-def pytorch(settings: Settings, images: np.ndarray, labels: np.ndarray) -> Callable[[int], None]:
+def pytorch(
+    settings: Settings, images: np.ndarray, labels: np.ndarray, device: str = "cpu"
+) -> Callable[[int], None]:
     import torch
     from torch_vgg import logits, torch_vgg
 
-    model = torch_vgg()
+    model = torch_vgg().to(device)
     optimizer, loss_of = torch.optim.Adam(model.parameters(), 0.05), torch.nn.CrossEntropyLoss()
-    x = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
-    y = torch.from_numpy(labels).long()
+    x = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).to(device)
+    y = torch.from_numpy(labels).long().to(device)
     size = settings.batch_size
 
     def run(i: int) -> None:

@@ -136,6 +136,13 @@ def needs_module(model: Any, defense: str, why: str) -> Classifier:
     return model
 
 
+def without_dropout(model: Model) -> Model:
+    """The model whose training drops nothing, where its module has rates (`VGG.dropout`)."""
+    if not isinstance(model, Classifier) or not hasattr(model.module, "dropout"):
+        return model
+    return Classifier(model.module.clone(dropout=tuple(0.0 for _ in model.module.dropout)))
+
+
 def closed(model: Model, variables: Variables, given: Params) -> Params:
     """The variables in the form, and each leaf in the dtype, of the `given` parameters."""
     params = variables if isinstance(model, Classifier) else variables["params"]
