@@ -157,7 +157,7 @@ def race(settings: Race) -> None:
 
 
 def table() -> None:
-    """Print the table (Markdown): seed 0, after the last round."""
+    """Print the table (Markdown), seed 0, after the last round; then the means."""
     runs = defaultdict(list)
     for row in read(RESULTS):
         runs[key(row)].append(row)
@@ -182,6 +182,37 @@ def table() -> None:
                 *(("", "") if defense == "none" else seconds(rows)),
             ]
             print(f"| {name} | {defense} | {' | '.join(values)} |")
+    print()
+    means(runs)
+
+
+def means(runs: dict[tuple, list[dict]]) -> None:
+    """Print the mean of each defense over the models and seeds that have its rows.
+
+    A model's fall is from its own figures before, so that defenses with other models compare.
+    """
+    print(
+        "| defense | runs | models | fall of ACC | ASR | ASR excl. | RA | DER | seconds | failed |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for defense in DEFENSES:
+        found = {k: rows for k, rows in runs.items() if k[1] == defense and k[0] in MODELS}
+        if not found:
+            continue
+        last = [rows[-1] for rows in found.values()]
+        falls = [rows[0]["acc"] - rows[-1]["acc"] for rows in found.values()]
+
+        def mean(field: str, last=last) -> str:
+            values = [row[field] for row in last if row[field] is not None]
+            return f"{sum(values) / len(values):.3f}"
+
+        spent = sum(row["seconds"] for rows in found.values() for row in rows) / len(found)
+        failed = sum(row["asr"] >= 0.2 or fall > 0.1 for row, fall in zip(last, falls, strict=True))
+        print(
+            f"| {defense} | {len(found)} | {len({k[0] for k in found})} "
+            f"| {sum(falls) / len(falls):.3f} | {mean('asr')} | {mean('asr_excl')} "
+            f"| {mean('ra')} | {mean('der')} | {spent:.0f} | {failed} |"
+        )
 
 
 def seconds(rows: list[dict]) -> tuple[str, str]:

@@ -1,0 +1,203 @@
+"""Parts of newer methods, each alone inside `unlearn`, all else as in the preset `default`.
+
+    python experiments/parts.py run [--models cifar10-l0] [--parts pam distilled]
+    python experiments/parts.py table
+
+On models of the zoo, evaluated on test[5000:7000] (these rows choose; they are no result). Needs
+CIFAR-10 (TFDS_DATA_DIR). Rows go to `experiments/results/parts.jsonl` as they come; what is there
+already is left out. With f0, w0 the given model and its parameters:
+
+    default     nothing changed
+    sam         outer gradient at w + e, e = rho T^2 g / ||T g||, T = |w|   (FT-SAM), rho 2
+    pam         outer gradient at w + rho (w0 - w) / ||w0 - w||, rho 0.5    (PAM, NeurIPS 2024)
+    not-that    patched images learn "not the label that f0 gives x + delta"        (SAU)
+    shared      delta misleads f and f0 towards the same label: (CE_f + CE_f0) / 2 - JS     (SAU)
+    distilled   half of the outer loss is against f0's probabilities of the clean image
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from published_models import read
+
+from ibau_jax import IBAUConfig, load, unlearn
+from ibau_jax.defenses.ft_sam import ascent
+from ibau_jax.defenses.sau import divergence, not_that_label
+from ibau_jax.devices.microbatch import summed
+from ibau_jax.errors import check_name
+from ibau_jax.models.files import load_model
+from ibau_jax.models.model import evaluation_logits
+from ibau_jax.results.metrics import evaluator
+from ibau_jax.results.rows import write_rows
+from ibau_jax.unlearning import ibau
+from ibau_jax.unlearning.objective import clip_images, cross_entropy
+
+RESULTS = Path(__file__).parent / "results" / "parts.jsonl"
+ZOO = Path(__file__).parent / "zoo"
+MODELS = ("cifar10-badnets", "cifar10-trojan-watermark", "cifar10-l0")
+Loss = Callable[..., jax.Array]
+PLAIN, PLAIN_INNER = ibau.make_loss, ibau.make_inner
+
+
+def in_parts(loss: Loss, config: IBAUConfig) -> Loss:
+    """A loss that is a sum over images, a few at a time, as `make_loss` does it."""
+    parts = summed(loss, config.microbatch if isinstance(config.microbatch, int) else None, None)
+    return lambda delta, params, batch: parts(delta, params, batch._replace(size=None))
+
+
+def patched(delta, batch):
+    return clip_images(batch.images + batch.patched[:, None, None, None] * delta)
+
+
+def moved(plain: Loss, step: Callable) -> Loss:
+    """The loss whose gradient in the parameters is the one at params + step."""
+
+    def loss(delta, params, batch):
+        e = jax.lax.stop_gradient(step(delta, params, batch))
+        return plain(delta, jax.tree.map(jnp.add, params, e), batch)
+
+    return loss
+
+
+def sam(logits, given, config, plain: Loss) -> Loss:
+    del logits, given, config
+
+    def step(delta, params, batch):
+        return ascent(params, jax.grad(plain, argnums=1)(delta, params, batch), 2.0)
+
+    return moved(plain, step)
+
+
+def pam(logits, given, config, plain: Loss) -> Loss:
+    del logits, config
+
+    def step(delta, params, batch):
+        del delta, batch
+        back = jax.tree.map(jnp.subtract, given, params)
+        size = jnp.sqrt(sum(jnp.sum(b**2) for b in jax.tree.leaves(back)))
+        return jax.tree.map(lambda b: 0.5 * b / jnp.where(size > 0, size, 1), back)
+
+    return moved(plain, step)
+
+
+def not_that(logits, given, config, plain: Loss) -> Loss:
+    del plain
+
+    def loss(delta, params, batch):
+        images = patched(delta, batch)
+        found, wrong = logits(params, images), jnp.argmax(logits(given, images), -1)
+        misled = (batch.patched > 0) & (wrong != batch.labels)
+        usual = jnp.where(batch.patched > 0, 0, cross_entropy(found, batch.labels))
+        return jnp.sum(batch.weights * jnp.where(misled, not_that_label(found, wrong), usual))
+
+    return in_parts(loss, config)
+
+
+def distilled(logits, given, config, plain: Loss) -> Loss:
+    del plain
+
+    def loss(delta, params, batch):
+        found = jax.nn.log_softmax(logits(params, patched(delta, batch)))
+        wanted = jax.nn.softmax(logits(given, batch.images))
+        taught = -jnp.sum(jax.lax.stop_gradient(wanted) * found, -1)
+        true = cross_entropy(found, batch.labels)
+        return jnp.sum(batch.weights * (taught + true) / 2)
+
+    return in_parts(loss, config)
+
+
+def shared(logits, given, config) -> Loss:
+    """The inner loss, which delta minimises; every image carries it."""
+
+    def loss(delta, params, batch):
+        images = clip_images(batch.images + delta)
+        one, two = logits(params, images), logits(given, images)
+        both = cross_entropy(one, batch.labels) + cross_entropy(two, batch.labels)
+        return jnp.sum(batch.weights * (divergence(one, two) - both / 2))
+
+    return in_parts(loss, config)
+
+
+OUTER = {"sam": sam, "pam": pam, "not-that": not_that, "distilled": distilled}
+PARTS = ("default", *OUTER, "shared")
+
+
+@dataclass
+class Run:
+    """Which cells."""
+
+    models: tuple[str, ...] = MODELS
+    parts: tuple[str, ...] = PARTS
+    seeds: tuple[int, ...] = (0,)
+    out: Path = RESULTS
+
+
+def run(grid: Run) -> None:
+    """Fill the grid."""
+    for seed in grid.seeds:
+        for part in grid.parts:
+            for name in grid.models:
+                check_name("part", part, PARTS)
+                cell = {"model": name, "part": part, "seed": seed}
+                done = read(grid.out)
+                if any({k: row[k] for k in cell} == cell for row in done):
+                    continue
+                row = cell | one(name, part, seed)
+                write_rows(grid.out, [*read(grid.out), row])
+                print(*row.values(), flush=True)
+
+
+def one(name: str, part: str, seed: int) -> dict[str, Any]:
+    model = load_model(ZOO / f"{name}.safetensors")
+    given = jax.tree.map(np.asarray, model.variables["params"])
+    logits = evaluation_logits(model.classifier.module, model.variables)
+    measure = evaluator(logits, load(model.dataset, "test[5000:7000]"), model.attacks)
+
+    def make_loss(logits, config, axis=None) -> Loss:
+        plain = PLAIN(logits, config, axis)
+        return OUTER[part](logits, given, config, plain) if part in OUTER else plain
+
+    def make_inner(loss: Loss, config) -> Loss:
+        del loss  # the outer one
+        if part == "shared":
+            return shared(logits, given, config)
+        return PLAIN_INNER(PLAIN(logits, config), config)
+
+    with mock.patch.multiple(ibau, make_loss=make_loss, make_inner=make_inner):
+        clean, key = load(model.dataset, "test[:5000]"), jax.random.key(seed)
+        found = unlearn(logits, given, clean, key=key)
+    before, after = measure(given), measure(found.params)
+    fields = ("acc", "asr", "asr_excl", "ra")
+    jax.clear_caches()
+    return {
+        **{f"{k}_before": getattr(before, k) for k in fields[:2]},
+        **{k: getattr(after, k) for k in fields},
+        **{"seconds": found.seconds, "device": jax.devices()[0].device_kind},
+    }
+
+
+def table() -> None:
+    """Print the table (Markdown): ACC / ASR / ASR excl., of seed 0."""
+    rows = {(row["part"], row["model"]): row for row in read(RESULTS) if row["seed"] == 0}
+    print("| part |", " | ".join(MODELS), "|\n|---|" + "---|" * len(MODELS))
+    first = [rows.get(("default", name)) for name in MODELS]
+    given = [f"{r['acc_before']:.3f} / {r['asr_before']:.3f}" if r else "" for r in first]
+    print("| as given |", " | ".join(given), "|")
+    for part in PARTS:
+        cells = [rows.get((part, name)) for name in MODELS]
+        shown = ("acc", "asr", "asr_excl")
+        texts = [" / ".join(f"{r[k]:.3f}" for k in shown) if r else "" for r in cells]
+        print(f"| {part} |", " | ".join(texts), "|")
+
+
+if __name__ == "__main__":
+    commands = {"run": run, "table": table}
+    flat = (tyro.conf.OmitArgPrefixes,)
+    tyro.extras.subcommand_cli_from_dict(commands, description=__doc__, config=flat)
