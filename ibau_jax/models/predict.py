@@ -20,6 +20,8 @@ def predict(logits: Logits, batch_size: int | None = None) -> Callable[[Any, Any
     compiled = jax.jit(lambda params, images: jnp.argmax(logits(params, images), -1))
 
     def run(params, images):
+        # Arrays of NumPy's and of a device are compiled for apart, and the former sent each time.
+        params = jax.device_put(params, jax.local_devices()[0])
         found = [np.empty(0, np.int32)]
         for start in range(0, len(images), batch_size):
             batch = np.asarray(images[start : start + batch_size])

@@ -12,22 +12,21 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from conftest import UNOPTIMISED
 
 from ibau_jax.devices.mesh import Devices, devices
 from ibau_jax.errors import InputError
 
 HERE = Path(__file__).parent
-# Most of the time is LLVM's optimisation of many programs that run for a moment.
-QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "IBAU_SILENCE": "10"}
 
 
 @pytest.fixture(scope="module")
 def eight() -> dict:
     """What `eight_devices.py` found."""
-    flags = "--xla_force_host_platform_device_count=8"
+    flags = f"--xla_force_host_platform_device_count=8 {UNOPTIMISED}"
     done = subprocess.run(
         [sys.executable, HERE / "eight_devices.py"],
-        env=os.environ | QUICK | {"XLA_FLAGS": flags},
+        env=os.environ | {"XLA_FLAGS": flags},
         capture_output=True,
         text=True,
     )
@@ -91,8 +90,8 @@ def address() -> str:
         return f"127.0.0.1:{free.getsockname()[1]}"
 
 
-def start(*command: str | Path) -> subprocess.Popen:
-    pipe, env = subprocess.PIPE, os.environ | QUICK
+def start(*command: str | Path, **env: str) -> subprocess.Popen:
+    pipe, env = subprocess.PIPE, os.environ | {"IBAU_SILENCE": "10"} | env
     return subprocess.Popen(
         [sys.executable, *command], stdout=pipe, stderr=pipe, text=True, env=env
     )
@@ -102,7 +101,8 @@ def test_two_processes_are_as_one(tmp_path):
     script, at = HERE / "two_processes.py", address()
     files = [tmp_path / f"{name}.npz" for name in ("alone", "0", "1")]
     joined = [(), (at, "2", "0"), (at, "2", "1")]
-    running = [start(script, f, *j) for f, j in zip(files, joined, strict=True)]
+    pairs = zip(files, joined, strict=True)
+    running = [start(script, file, *j, XLA_FLAGS=UNOPTIMISED) for file, j in pairs]
     outputs = [p.communicate(timeout=300) for p in running]
     assert [p.returncode for p in running] == [0, 0, 0], outputs
     alone, first, second = (np.load(f) for f in files)
@@ -115,6 +115,7 @@ def test_two_processes_are_as_one(tmp_path):
 def test_a_lost_process_ends_the_other(killed, digits_model, tmp_path):
     out = tmp_path / "run"
     command = ["-m", "ibau_jax", "defend", "--model", digits_model, "--out", out, "--json"]
+    command += ["--defense", "finetune"]  # the one that compiles least
     command += ["--clean", "test[:60]", "--split", "test[60:100]", "--rounds", "1000"]
     command += ["--coordinator", address(), "--num-processes", "2", "--process-id"]
     two = [start(*command, str(i)) for i in range(2)]

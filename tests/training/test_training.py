@@ -207,7 +207,8 @@ def test_sigkill_then_resume_is_bit_for_bit(tmp_path):
     """The real command, killed in the middle of an epoch."""
     often = "from ibau_jax.commands import cli; from ibau_jax.training import states; "
     often += "states.SECONDS = 0.1; cli.run()"
-    command = [sys.executable, "-c", often, "train", "--epochs", "3", "--json", "--out"]
+    options = ["train", "--epochs", "2", "--json", "--out"]
+    command = [sys.executable, "-m", "ibau_jax", *options]
     killed, whole = tmp_path / "killed.safetensors", tmp_path / "whole.safetensors"
     states = tmp_path / "killed.safetensors.checkpoints"
     per_epoch = len(load("digits", "train").labels) // TrainConfig.cpu("digits").batch_size
@@ -215,7 +216,11 @@ def test_sigkill_then_resume_is_bit_for_bit(tmp_path):
     def steps() -> list[int]:
         return [int(path.name) for path in states.glob("*") if path.name.isdigit()]
 
-    run = subprocess.Popen([*command, killed], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    run = subprocess.Popen(
+        [sys.executable, "-c", often, *options, killed],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     try:
         deadline = time.monotonic() + 120
         while not any(step % per_epoch for step in steps()):

@@ -1,9 +1,13 @@
 """The theorems as numbers: measured errors under them, norms against dense matrices."""
 
+from functools import partial
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import random_variables
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,23 +28,41 @@ from ibau_jax.unlearning.bounds import (
 )
 
 
+class Quadratic(NamedTuple):
+    """inner = 1/2 d'Ad - d'Bp, outer = 1/2 |d - c|^2 + d'Ep."""
+
+    a: jax.Array
+    b: jax.Array
+    c: jax.Array
+    e: jax.Array
+
+    def inner(self, d, p):
+        return 0.5 * d @ self.a @ d - d @ (self.b @ p)
+
+    def outer(self, d, p):
+        return 0.5 * jnp.sum((d - self.c) ** 2) + d @ (self.e @ p)
+
+
+@partial(jax.jit, static_argnums=0)
+def both(t: int, step, given: Quadratic, delta, best, p):
+    """The hypergradient of t terms at `delta`, and the exact one at `best`; compiled once a t."""
+    series = Neumann(t, step)
+    _, measured, _ = hypergradient(
+        given.outer, given.inner, delta, p, solver=series, keep_diverged=True
+    )
+    return measured, hypergradient(given.outer, given.inner, best, p, solver=Dense())[1]
+
+
 @pytest.mark.parametrize("t", [1, 2, 5, 10, 20, 40])
 @given(seed=st.integers(0, 2**31))
 def test_theorem_1_bounds_the_measured_error(t, seed):
-    """inner = 1/2 d'Ad - d'Bp, outer = 1/2 |d - c|^2 + d'Ep: every constant is known."""
+    """Of a quadratic problem every constant is known."""
     with jax.enable_x64(True):
         rng = np.random.default_rng(seed)
         basis, _ = np.linalg.qr(rng.normal(size=(4, 4)))
         a = basis @ np.diag(rng.uniform(0.5, 3, size=4)) @ basis.T
         b, e, c = rng.normal(size=(4, 3)), rng.normal(size=(4, 3)), rng.normal(size=4)
-        p = jnp.array(rng.normal(size=3))
-
-        def inner(d, p):
-            return 0.5 * d @ a @ d - d @ (b @ p)
-
-        def outer(d, p):
-            return 0.5 * jnp.sum((d - c) ** 2) + d @ (e @ p)
-
+        p = rng.normal(size=3)
         best = np.linalg.solve(a, b @ p)
         radius = float(np.linalg.norm(best))
         values = np.linalg.eigvalsh(a)
@@ -56,11 +78,7 @@ def test_theorem_1_bounds_the_measured_error(t, seed):
         delta = np.zeros(4)
         for _ in range(t):
             delta = delta - constants.step * (a @ delta - b @ p)
-        solver = Neumann(t, constants.step)
-        _, measured, _ = hypergradient(
-            outer, inner, jnp.array(delta), p, solver=solver, keep_diverged=True
-        )
-        _, exact, _ = hypergradient(outer, inner, jnp.array(best), p, solver=Dense())
+        measured, exact = both(t, constants.step, Quadratic(a, b, c, e), delta, best, p)
         error = np.linalg.norm(measured - exact)
         assert error <= constants.bound(t) + 1e-12  # rounding
         assert constants.factor < 1 and constants.bound(t + 1) < constants.bound(t)
@@ -90,14 +108,10 @@ def test_norms_of_a_convolution_are_those_of_its_matrix(size):
 
 def test_folded_layers_are_the_layers_of_the_model():
     """Each layer's map, with the model's shift and ELU, gives the model's logits."""
-    module = VGG(7, conv="lax")
-    variables = jax.tree.map(np.asarray, module.init(jax.random.key(1), jnp.zeros((1, 32, 32, 3))))
-    rng = np.random.default_rng(1)
-    variables["batch_stats"] = jax.tree.map(
-        lambda v: rng.uniform(0.5, 2, v.shape).astype(np.float32), variables["batch_stats"]
-    )
-    x = jnp.array(rng.uniform(size=(2, 32, 32, 3)), jnp.float32)
-    expected = evaluation_logits(module, variables)(variables["params"], x)
+    variables = random_variables(7, seed=1)
+    x = jnp.array(np.random.default_rng(1).uniform(size=(2, 32, 32, 3)), jnp.float32)
+    logits = jax.jit(evaluation_logits(VGG(7, conv="lax"), variables))
+    expected = logits(variables["params"], x)
     *convolutions, last = vgg_layers(variables)
     for i, layer in enumerate(convolutions):
         assert layer.shape == (1, *x.shape[1:])
@@ -140,12 +154,11 @@ def test_the_generalisation_bounds_by_hand_and_in_n():
 
 
 def test_the_bound_of_a_real_network_is_vacuous_and_says_so():
-    module = VGG(10)
-    variables = jax.tree.map(np.asarray, module.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3))))
+    variables = random_variables()
     rng = np.random.default_rng(0)
     images = rng.uniform(size=(20, 32, 32, 3)).astype(np.float32)
     clean = Dataset(images, rng.integers(0, 10, 20).astype(np.int32))
-    logits = evaluation_logits(module, variables)
+    logits = evaluation_logits(VGG(10), variables)
     found = vgg_bound(variables, logits, clean, np.zeros((32, 32, 3)), radius=10.0)
     assert found.vacuous and found.total > 1e3
     assert [row["layer"] for row in found.details["layers"]] == [
