@@ -125,7 +125,7 @@ def shared(logits, given, config) -> Loss:
     return in_parts(loss, config)
 
 
-OUTER = {"sam": sam, "pam": pam, "not-that": not_that, "distilled": distilled}
+OUTER = {"distilled": distilled, "pam": pam, "not-that": not_that, "sam": sam}
 PARTS = ("default", *OUTER, "shared")
 
 
