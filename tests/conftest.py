@@ -49,8 +49,6 @@ settings.load_profile("ci")
 UNOPTIMISED = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 UNOPTIMISED = f"{os.environ['XLA_FLAGS']} {UNOPTIMISED}"  # the last one counts
 
-gc.set_threshold(100_000, 50, 100)  # a trace is many objects, and few of them are garbage
-
 _tests = itertools.count(1)
 
 
