@@ -35,8 +35,8 @@ class ANPConfig:
       steps: of the masks' optimisation, rounded up to whole passes.
       batch_size: images of a step.
       rate, momentum: of its SGD.
-      eps: largest relative noise of a scale and of an offset. (The authors' 0.4 lets half of the
-        masks of a narrow network fall to zero, its accuracy with them.)
+      eps: largest relative noise of a scale and of an offset. (With the authors' 0.4 a third of
+        the masks of a narrow network fall to zero, its accuracy with them.)
       alpha: weight of the loss without noise.
       held_back: share of the clean images that the threshold is chosen on. (The public bench
         chooses it by the ASR, which no defender knows.)
