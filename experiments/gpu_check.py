@@ -11,7 +11,6 @@ JAX multiplies float32 on NVIDIA's cards in TF32 (ten bits) where it is not told
 measured both ways has `tf32` and `float32`.
 """
 
-import contextlib
 import gzip
 import json
 import os
@@ -25,7 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch shares the card
 
@@ -281,7 +280,10 @@ def train_vs_torch(settings: Settings) -> dict:
 
 
 def memory(settings: Settings) -> dict:
-    """Images a second and memory of an outer step of `default`, by batch size."""
+    """Images a second and memory of an outer step of `default`, by batch size.
+
+    `peak_bytes` is of the process so far, what trying out kernels took included.
+    """
     found: dict[str, Any] = {}
     for size in (8,) if settings.tiny else (100, 1000, 8000):
         ascend, descend, programs = step_of(settings, PRESETS["default"]("cifar10"), size)
@@ -339,7 +341,7 @@ PARTS: dict[str, Callable[[Settings], dict]] = {
 }
 
 
-def run(settings: Annotated[Settings, tyro.conf.OmitArgPrefixes]) -> int:
+def run(settings: Settings) -> int:
     """Run the parts, print them, and count those that failed."""
     kind, started = jax.devices()[0].device_kind, time.perf_counter()
     rows = read(settings.out)
@@ -374,10 +376,6 @@ def pack(out: Path = Path("cifar10.npz")) -> None:
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):
-        flat = (tyro.conf.OmitArgPrefixes,)
-        sys.exit(
-            tyro.extras.subcommand_cli_from_dict(
-                {"run": run, "pack": pack}, description=__doc__, config=flat
-            )
-        )
+    commands = {"run": run, "pack": pack}
+    flat = (tyro.conf.OmitArgPrefixes,)
+    sys.exit(tyro.extras.subcommand_cli_from_dict(commands, description=__doc__, config=flat))

@@ -24,36 +24,26 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import tyro
 from published_models import read
 
-from ibau_jax import IBAUConfig, load, unlearn
+from ibau_jax import load, unlearn
 from ibau_jax.defenses.ft_sam import ascent
 from ibau_jax.defenses.sau import divergence, not_that_label
-from ibau_jax.devices.microbatch import summed
 from ibau_jax.errors import check_name
 from ibau_jax.models.files import load_model
 from ibau_jax.models.model import evaluation_logits
 from ibau_jax.results.metrics import evaluator
 from ibau_jax.results.rows import write_rows
 from ibau_jax.unlearning import ibau
-from ibau_jax.unlearning.objective import clip_images, cross_entropy
+from ibau_jax.unlearning.objective import clip_images, cross_entropy, in_parts, patched_images
 
 RESULTS = Path(__file__).parent / "results" / "parts.jsonl"
 ZOO = Path(__file__).parent / "zoo"
 MODELS = ("cifar10-badnets", "cifar10-trojan-watermark", "cifar10-l0")
 Loss = Callable[..., jax.Array]
 PLAIN, PLAIN_INNER = ibau.make_loss, ibau.make_inner
-
-
-def in_parts(loss: Loss, config: IBAUConfig) -> Loss:
-    """A loss that is a sum over images, a few at a time, as `make_loss` does it."""
-    parts = summed(loss, config.microbatch if isinstance(config.microbatch, int) else None, None)
-    return lambda delta, params, batch: parts(delta, params, batch._replace(size=None))
-
-
-def patched(delta, batch):
-    return clip_images(batch.images + batch.patched[:, None, None, None] * delta)
 
 
 def moved(plain: Loss, step: Callable) -> Loss:
@@ -81,7 +71,7 @@ def pam(logits, given, config, plain: Loss) -> Loss:
     def step(delta, params, batch):
         del delta, batch
         back = jax.tree.map(jnp.subtract, given, params)
-        size = jnp.sqrt(sum(jnp.sum(b**2) for b in jax.tree.leaves(back)))
+        size = optax.tree.norm(back)
         return jax.tree.map(lambda b: 0.5 * b / jnp.where(size > 0, size, 1), back)
 
     return moved(plain, step)
@@ -91,7 +81,7 @@ def not_that(logits, given, config, plain: Loss) -> Loss:
     del plain
 
     def loss(delta, params, batch):
-        images = patched(delta, batch)
+        images = patched_images(delta, batch, config)
         found, wrong = logits(params, images), jnp.argmax(logits(given, images), -1)
         misled = (batch.patched > 0) & (wrong != batch.labels)
         usual = jnp.where(batch.patched > 0, 0, cross_entropy(found, batch.labels))
@@ -104,9 +94,9 @@ def distilled(logits, given, config, plain: Loss) -> Loss:
     del plain
 
     def loss(delta, params, batch):
-        found = jax.nn.log_softmax(logits(params, patched(delta, batch)))
+        found = logits(params, patched_images(delta, batch, config))
         wanted = jax.nn.softmax(logits(given, batch.images))
-        taught = -jnp.sum(jax.lax.stop_gradient(wanted) * found, -1)
+        taught = optax.losses.softmax_cross_entropy(found, wanted)
         true = cross_entropy(found, batch.labels)
         return jnp.sum(batch.weights * (taught + true) / 2)
 
@@ -141,17 +131,16 @@ class Run:
 
 def run(grid: Run) -> None:
     """Fill the grid."""
-    for seed in grid.seeds:
-        for part in grid.parts:
-            for name in grid.models:
-                check_name("part", part, PARTS)
-                cell = {"model": name, "part": part, "seed": seed}
-                done = read(grid.out)
-                if any({k: row[k] for k in cell} == cell for row in done):
-                    continue
-                row = cell | one(name, part, seed)
-                write_rows(grid.out, [*read(grid.out), row])
-                print(*row.values(), flush=True)
+    for part in grid.parts:
+        check_name("part", part, PARTS)
+    cells = [(n, p, seed) for seed in grid.seeds for p in grid.parts for n in grid.models]
+    for cell in cells:
+        done = read(grid.out)
+        if any((row["model"], row["part"], row["seed"]) == cell for row in done):
+            continue
+        row = one(*cell)
+        write_rows(grid.out, [*done, row])
+        print(*row.values(), flush=True)
 
 
 def one(name: str, part: str, seed: int) -> dict[str, Any]:
@@ -177,6 +166,7 @@ def one(name: str, part: str, seed: int) -> dict[str, Any]:
     fields = ("acc", "asr", "asr_excl", "ra")
     jax.clear_caches()
     return {
+        **{"model": name, "part": part, "seed": seed},
         **{f"{k}_before": getattr(before, k) for k in fields[:2]},
         **{k: getattr(after, k) for k in fields},
         **{"seconds": found.seconds, "device": jax.devices()[0].device_kind},

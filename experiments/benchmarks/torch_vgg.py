@@ -2,7 +2,10 @@
 
 import numpy as np
 import torch
+from flax.traverse_util import flatten_dict
 from torch import nn
+
+from ibau_jax.models.torch_import import VGG_NAMES
 
 
 def torch_vgg(num_classes: int = 10, inplace: bool = True) -> nn.ModuleDict:
@@ -25,19 +28,14 @@ def logits(modules: nn.ModuleDict, images: torch.Tensor) -> torch.Tensor:
 
 def load_variables(modules: nn.ModuleDict, variables) -> nn.ModuleDict:
     """Weights of the flax VGG into the modules, which are put into evaluation mode."""
-    params, statistics = variables["params"], variables["batch_stats"]
-    state = {}
-    for i, place in enumerate((0, 3, 8, 11, 16, 19)):  # of the convolutions; batch norms come next
-        layer, norm = params[f"conv{i + 1}"], statistics[f"conv{i + 1}"]
-        state[f"features.{place}.weight"] = np.transpose(layer["kernel"], (3, 2, 0, 1))
-        state[f"features.{place}.bias"] = layer["bias"]
-        after = f"features.{place + 1}"
-        state |= {f"{after}.weight": layer["scale"], f"{after}.bias": layer["offset"]}
-        state |= {f"{after}.running_mean": norm["mean"], f"{after}.running_var": norm["var"]}
-    kernel = np.reshape(params["classifier"]["kernel"], (4, 4, 128, -1))  # height, width, channel
-    state["classifier.weight"] = np.reshape(np.transpose(kernel, (3, 2, 0, 1)), (-1, 2048))
-    state["classifier.bias"] = params["classifier"]["bias"]
-    tensors = {name: torch.from_numpy(np.array(value)) for name, value in state.items()}
-    missing = modules.load_state_dict(tensors, strict=False).missing_keys
+    ours, state = flatten_dict(variables, sep="/"), {}
+    for name, path in VGG_NAMES.items():
+        value = np.array(ours[path])
+        if value.ndim == 4:
+            value = value.transpose(3, 2, 0, 1)
+        elif name == "classifier.weight":  # flax flattens (H, W, C), PyTorch (C, H, W)
+            value = value.reshape(4, 4, 128, -1).transpose(3, 2, 0, 1).reshape(-1, 2048)
+        state[name] = torch.from_numpy(value.copy())
+    missing = modules.load_state_dict(state, strict=False).missing_keys
     assert all("num_batches" in name for name in missing), missing
     return modules.eval()

@@ -121,13 +121,13 @@ def convert_pth(path: str | Path) -> tuple[dict[str, Any], int, dict[str, Any]]:
     return unflatten_dict(weights, sep="/"), classes, extra
 
 
-# Place in the published `features` of each convolution; its batch norm comes next.
-_TORCH_CONVOLUTIONS = (0, 3, 8, 11, 16, 19)
-
-
-def _vgg_from_torch(state: Mapping[str, np.ndarray], where: str) -> dict[str, np.ndarray]:
-    names = {}
-    for i, place in enumerate(_TORCH_CONVOLUTIONS):
+def _names() -> dict[str, str]:
+    names = {
+        "classifier.weight": "params/classifier/kernel",
+        "classifier.bias": "params/classifier/bias",
+    }
+    # Place in the published `features` of each convolution; its batch norm comes next.
+    for i, place in enumerate((0, 3, 8, 11, 16, 19)):
         names |= {
             f"features.{place}.weight": f"params/conv{i + 1}/kernel",
             f"features.{place}.bias": f"params/conv{i + 1}/bias",
@@ -136,10 +136,13 @@ def _vgg_from_torch(state: Mapping[str, np.ndarray], where: str) -> dict[str, np
             f"features.{place + 1}.running_mean": f"batch_stats/conv{i + 1}/mean",
             f"features.{place + 1}.running_var": f"batch_stats/conv{i + 1}/var",
         }
-    names |= {
-        "classifier.weight": "params/classifier/kernel",
-        "classifier.bias": "params/classifier/bias",
-    }
+    return names
+
+
+VGG_NAMES = _names()  # of the published checkpoints -> ours
+
+
+def _vgg_from_torch(state: Mapping[str, np.ndarray], where: str) -> dict[str, np.ndarray]:
     weights = {}
     for given, value in state.items():
         name = given
@@ -152,14 +155,14 @@ def _vgg_from_torch(state: Mapping[str, np.ndarray], where: str) -> dict[str, np
         elif name == "classifier.weight" and value.shape[-1:] == (2048,):
             # PyTorch flattens (C, H, W), flax (H, W, C).
             value = value.reshape(-1, 128, 4, 4).transpose(2, 3, 1, 0).reshape(2048, -1)
-        name = names.get(name, name)
+        name = VGG_NAMES.get(name, name)
         if name in weights:
             raise InputError(
                 f"{where!r} has the layer {short(repr(given))} twice, with and without a prefix: "
                 "expected one model"
             )
         weights[name] = value
-    if not weights.keys() & set(names.values()):
+    if not weights.keys() & set(VGG_NAMES.values()):
         raise InputError(
             f"{where!r} does not fit the architecture 'vgg': expected names such as "
             f"features.0.weight and classifier.bias, found {few(state)}"

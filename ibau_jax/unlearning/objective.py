@@ -21,14 +21,23 @@ def make_loss(logits: Logits, config: IBAUConfig, axis: str | None = None):
     """
 
     def loss(delta, params, batch: Batch):
-        images = batch.images + batch.patched[:, None, None, None] * delta
-        if config.clip:
-            images = clip_images(images)
+        images = patched_images(delta, batch, config)
         return jnp.sum(batch.weights * cross_entropy(logits(params, images), batch.labels))
 
+    return in_parts(loss, config, axis)
+
+
+def patched_images(delta: jax.Array, batch: Batch, config: IBAUConfig) -> jax.Array:
+    """The images of a batch, with delta on those that `batch.patched` marks."""
+    images = batch.images + batch.patched[:, None, None, None] * delta
+    return clip_images(images) if config.clip else images
+
+
+def in_parts(loss, config: IBAUConfig, axis: str | None = None):
+    """`loss(delta, params, batch)`, a sum over a batch, differentiated a few images at a time."""
     size = config.microbatch
-    in_parts = summed(loss, size if isinstance(size, int) else None, axis)
-    return lambda delta, params, batch: in_parts(delta, params, batch._replace(size=None))
+    parts = summed(loss, size if isinstance(size, int) else None, axis)
+    return lambda delta, params, batch: parts(delta, params, batch._replace(size=None))
 
 
 def make_inner(loss, config: IBAUConfig):
