@@ -6,6 +6,7 @@ import gc
 import itertools
 import os
 import shutil
+import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
@@ -48,6 +49,14 @@ settings.load_profile("ci")
 # For processes that run their programs once: made in half the time, and slow.
 UNOPTIMISED = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 UNOPTIMISED = f"{os.environ['XLA_FLAGS']} {UNOPTIMISED}"  # the last one counts
+
+
+def on_devices(number: int) -> dict[str, str]:
+    """The environment of such a process that has `number` devices and imports what tests do."""
+    flags = f"--xla_force_host_platform_device_count={number} {UNOPTIMISED}"
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    return os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": paths}
+
 
 _tests = itertools.count(1)
 

@@ -1,6 +1,5 @@
 """DP-SGD: the clipped, noisy mean against optax and by hand, its privacy, and what it learns."""
 
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import on_devices
 from scipy.special import gammaln, logsumexp
 
 from ibau_jax import Dataset, InputError, load
@@ -221,7 +221,7 @@ def on_many_devices():
 def test_many_devices_are_as_one():
     done = subprocess.run(
         [sys.executable, __file__],
-        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
+        env=on_devices(4),
         capture_output=True,
         text=True,
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import UNOPTIMISED
+from conftest import UNOPTIMISED, on_devices
 
 from ibau_jax.devices.mesh import Devices, devices
 from ibau_jax.errors import InputError
@@ -23,10 +23,9 @@ HERE = Path(__file__).parent
 @pytest.fixture(scope="module")
 def eight() -> dict:
     """What `eight_devices.py` found."""
-    flags = f"--xla_force_host_platform_device_count=8 {UNOPTIMISED}"
     done = subprocess.run(
         [sys.executable, HERE / "eight_devices.py"],
-        env=os.environ | {"XLA_FLAGS": flags},
+        env=on_devices(8),
         capture_output=True,
         text=True,
     )

@@ -2,19 +2,17 @@
 
 import filecmp
 import json
-import os
 import pickle
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from conftest import same
+from conftest import on_devices, same
 
 from ibau_jax import Dataset, InputError, load
 from ibau_jax.attacks import Attack, badnets_square
@@ -112,7 +110,7 @@ ON_TWO_DEVICES = """
 import pickle, sys, warnings
 from dataclasses import replace
 import jax
-from test_training import CONFIG, DATA, KEY, MODULE
+from training.test_training import CONFIG, DATA, KEY, MODULE
 from ibau_jax.devices.mesh import devices
 from ibau_jax.training.states import Checkpoints
 from ibau_jax.training.train import train
@@ -135,12 +133,10 @@ pickle.dump(found, open(f"{sys.argv[1]}/found.pickle", "wb"))
 
 def test_a_run_goes_on_on_another_number_of_devices(tmp_path):
     """From one device to two, and from two to one: the same model but for rounding."""
-    flags = "--xla_force_host_platform_device_count=2"
-    paths = [str(Path(__file__).parent), *sys.path]
     subprocess.run(
         [sys.executable, "-c", ON_TWO_DEVICES, str(tmp_path)],
         check=True,
-        env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(paths)},
+        env=on_devices(2),
     )
     found = pickle.loads((tmp_path / "found.pickle").read_bytes())
     start = jax.jit(MODULE.init)(KEY, DATA.images[:1])
