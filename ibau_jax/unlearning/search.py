@@ -1,0 +1,283 @@
+"""Universal perturbations towards a label, each the best of a set: where a backdoor shows itself.
+
+The untargeted ascent of Algorithm 1 in a ball runs to natural weaknesses and misses triggers that
+lie elsewhere. Here delta is a vertex of one of several sets (a window or a few pixels of extreme
+colours, a cosine, a point of a sphere), and the ascent goes towards each label: Frank-Wolfe, which
+needs of a set no more than its vertex in a direction (Jaggi, ICML 2013).
+
+At clean images the gradient says little of a trigger, but models answer to much less than the
+whole of it. So a search starts from the best of many vertices drawn at random, looked at with one
+forward pass for all labels (measured in experiments/default.md).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ibau_jax.data import Dataset
+from ibau_jax.errors import InputError
+from ibau_jax.models.model import Logits, Params
+from ibau_jax.unlearning.batches import shuffled, suits_loops
+from ibau_jax.unlearning.objective import clip_images
+
+UNTARGETED = -1  # away from the true label, wherever to
+
+
+class Geometry(NamedTuple):
+    """A set of perturbations.
+
+    Attributes:
+      name: for tables.
+      vertex: of a direction [H, W, C], the perturbation of the set that goes farthest along it.
+      draw: `draw(key, count, shape)`: random perturbations [count, H, W, C] to start from; None:
+        start at zero.
+    """
+
+    name: str
+    vertex: Callable[[jax.Array], jax.Array]
+    draw: Callable[[jax.Array, int, tuple[int, int, int]], jax.Array] | None
+
+
+def window(size: int) -> Geometry:
+    """A square of `size` x `size` pixels anywhere, each colour channel at 0 or at 1."""
+
+    def vertex(direction):
+        gain = jnp.abs(direction).sum(-1)
+        inside = (min(size, gain.shape[0]), min(size, gain.shape[1]))
+        sums = lax.reduce_window(gain, 0.0, lax.add, inside, (1, 1), "valid")
+        corner = jnp.unravel_index(jnp.argmax(sums), sums.shape)
+        return _in_window(jnp.sign(direction), corner, inside)
+
+    return Geometry(f"{size}x{size} window", vertex, lambda *args: _windows(size, *args))
+
+
+def pixels(count: int) -> Geometry:
+    """Any `count` pixels, each colour channel at 0 or at 1."""
+
+    def vertex(direction):
+        gain = jnp.abs(direction).sum(-1).ravel()
+        best = lax.top_k(gain, min(count, len(gain)))[1]
+        chosen = jnp.zeros_like(gain).at[best].set(1).reshape(direction.shape[:2])
+        return chosen[..., None] * jnp.sign(direction)
+
+    return Geometry(f"{count} pixels", vertex, lambda *args: _windows(math.isqrt(count), *args))
+
+
+def cosine(amplitude: float, frequencies: int = 8) -> Geometry:
+    """A cosine of one frequency over the whole image, a phase for each colour channel.
+
+    Random ones have at most so many `frequencies` (periods) along each side.
+    """
+
+    def vertex(direction):
+        spectrum = jnp.fft.fft2(direction - direction.mean((0, 1)), axes=(0, 1))
+        size = jnp.abs(spectrum).sum(-1)
+        which = jnp.unravel_index(jnp.argmax(size), size.shape)
+        return amplitude * _wave(direction.shape[:2], which, jnp.angle(spectrum[which]))
+
+    def draw(key, count, shape):
+        keys = jax.random.split(key, 3)
+        which = jax.random.randint(keys[0], (count, 2), -frequencies, frequencies + 1)
+        phases = jax.random.uniform(keys[1], (count, shape[2]), maxval=2 * jnp.pi)
+        grey = jax.random.bernoulli(keys[2], 0.5, (count, 1))
+        phases = jnp.where(grey, phases[:, :1], phases)
+        return amplitude * jax.vmap(lambda w, p: _wave(shape[:2], w, p))(which, phases)
+
+    return Geometry(f"cosine {amplitude:g}", vertex, draw)
+
+
+def sphere(radius: float) -> Geometry:
+    """An l2 norm of `radius`, in the units of images in [0, 1]."""
+
+    def vertex(direction):
+        norm = jnp.linalg.norm(direction.ravel())
+        return radius * direction / jnp.where(norm > 0, norm, 1)
+
+    return Geometry(f"l2 {radius:g}", vertex, None)
+
+
+GEOMETRIES = (window(3), pixels(9), window(5), pixels(25), cosine(0.1), sphere(1.0))
+
+
+class Found(NamedTuple):
+    """What a search found, for each geometry G and label L that was asked for.
+
+    Attributes:
+      deltas: [G, L, H, W, C], to be added to images in [0, 1] and clipped.
+      strength: [G, L], share of held-back images of other labels that get the label; of
+        `UNTARGETED` the share that is not given its true label.
+      given: int32 [G, L, N], the labels that the held-back images get.
+      true: int32 [N], their true labels.
+    """
+
+    deltas: np.ndarray
+    strength: np.ndarray
+    given: np.ndarray
+    true: np.ndarray
+
+
+class Search:
+    """A search whose programs are compiled once and used for the parameters of any moment.
+
+    Args:
+      logits: `logits(params, images)`, in evaluation mode.
+      geometries: the sets to search.
+      steps: of an ascent, each on `batch` images.
+      starts: how many random perturbations are drawn for a geometry, looked at on `few` images.
+    """
+
+    def __init__(
+        self,
+        logits: Logits,
+        geometries: Sequence[Geometry] = GEOMETRIES,
+        *,
+        steps: int = 10,
+        batch: int = 20,
+        starts: int = 300,
+        few: int = 10,
+    ):
+        for name, value in (("steps", steps), ("batch", batch), ("starts", starts), ("few", few)):
+            if value < 1:
+                raise InputError(f"{name} is {value}: expected a whole number of at least 1")
+        self.logits, self.geometries = logits, tuple(geometries)
+        self.steps, self.batch, self.starts, self.few = steps, batch, starts, few
+        self._look = jax.jit(self._look_at)
+        self._climb = jax.jit(self._ascend, static_argnames="rows")
+        self._label = jax.jit(lambda p, d, x: jnp.argmax(logits(p, clip_images(x + d)), -1))
+
+    def __call__(
+        self, params: Params, clean: Dataset, labels: Sequence[int], *, key: jax.Array
+    ) -> Found:
+        """Search towards each of `labels` (0 .. classes - 1, or `UNTARGETED`).
+
+        Args:
+          clean: correctly labelled images [N, H, W, C] in [0, 1]; half of them, but at most 200,
+            are held back to measure the strength.
+          key: random key; decides the images and the starts.
+        """
+        count = len(clean.labels)
+        if count < 2:
+            raise InputError(f"the clean set has {count} image(s): expected at least 2")
+        order, key = jax.random.split(key)
+        images, true = shuffled(clean, order)
+        kept = min(200, count // 2)
+        held, held_true, images, true = images[:kept], true[:kept], images[kept:], true[kept:]
+        few = images[: self.few], true[: self.few]
+        size = min(self.batch, len(true))
+        batches = min(5, len(true) // size)
+        stack = [a[: batches * size].reshape(batches, size, *a.shape[1:]) for a in (images, true)]
+        # A few at a time, as in `batches.resolve`.
+        rows = math.gcd(size, 10) if suits_loops(self.logits, params, images) else size
+        deltas, given = [], []
+        for number, geometry in enumerate(self.geometries):
+            drawn = self._starts(geometry, jax.random.fold_in(key, number), images.shape[1:])
+            heights = np.asarray(self._look(params, drawn, *few, np.asarray(labels)))
+            for best, label in zip(heights.argmax(0), labels, strict=True):
+                delta = self._climb(params, *stack, label, number, drawn[best], rows=rows)
+                parts = [self._label(params, delta, held[i : i + 20]) for i in range(0, kept, 20)]
+                deltas.append(np.asarray(delta))
+                given.append(np.concatenate(parts))
+        shape = len(self.geometries), len(labels)
+        found = np.asarray(given, np.int32).reshape(*shape, kept)
+        strength = [[share(g, held_true, t) for g, t in zip(r, labels, strict=True)] for r in found]
+        arrays = np.asarray(deltas).reshape(*shape, *images.shape[1:])
+        return Found(arrays, np.asarray(strength), found, np.asarray(held_true, np.int32))
+
+    def _starts(self, geometry: Geometry, key: jax.Array, shape: tuple) -> jax.Array:
+        if geometry.draw is None:
+            return jnp.zeros((1, *shape))
+        return geometry.draw(key, self.starts, shape)
+
+    def _look_at(self, params, drawn, images, true, labels):
+        """How well each start does towards each label: [starts, labels]."""
+
+        def one(delta):
+            found = self.logits(params, clip_images(images + delta))
+            return jax.vmap(lambda label: jnp.sum(height(found, true, label)))(labels)
+
+        return lax.map(one, drawn)
+
+    def _ascend(self, params, images, true, label, which, start, *, rows):
+        """Frank-Wolfe from `start`, over batches [S, B, ...] in turn; the better of both ends."""
+        vertices = [geometry.vertex for geometry in self.geometries]
+
+        def vertex(direction):
+            return lax.switch(which, vertices, direction)
+
+        def loss(delta, images, true):
+            moved = images + delta
+            # What is clipped keeps its gradient, or a saturated pixel could never be left.
+            moved = moved + lax.stop_gradient(clip_images(moved) - moved)
+            return jnp.sum(height(self.logits(params, moved), true, label))
+
+        def gradient(delta, index):
+            def add(total, part):
+                return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(delta, *part)), None
+
+            batch = images[index], true[index]
+            parts = [a.reshape(-1, rows, *a.shape[1:]) for a in batch]
+            zero = jnp.zeros((), delta.dtype), jnp.zeros_like(delta)
+            return lax.scan(add, zero, tuple(parts))[0]
+
+        def step(t, carry):
+            momentum, delta = carry
+            momentum = 0.8 * momentum + gradient(delta, t % len(images))[1]
+            return momentum, delta + 2 / (t + 2) * (vertex(momentum) - delta)
+
+        zero = jnp.zeros_like(start)
+        end = vertex(lax.fori_loop(0, self.steps, step, (zero, start))[1])
+        first, last = gradient(start, 0)[0], gradient(end, 0)[0]
+        return jnp.where(last >= first, end, start)
+
+
+def height(logits: jax.Array, true: jax.Array, label: Any) -> jax.Array:
+    """What a search ascends, for each image [N]: log p(label), or log(1 - p(true)) untargeted.
+
+    Both have a gradient where the model is certain, as the cross-entropy of the true label has not.
+    Images of the label itself count nothing.
+    """
+    log_p = jax.nn.log_softmax(logits)
+    others = jnp.arange(logits.shape[1]) != true[:, None]
+    away = jax.nn.logsumexp(jnp.where(others, log_p, -jnp.inf), axis=-1)
+    towards = jnp.where(true == label, 0.0, jnp.take(log_p, jnp.maximum(label, 0), axis=1))
+    return jnp.where(label == UNTARGETED, away, towards)
+
+
+def share(given: np.ndarray, true: np.ndarray, label: int) -> float:
+    """The strength of a perturbation; see `Found`. 0 where no image counts."""
+    hit = given != true if label == UNTARGETED else (given == label)[true != label]
+    return float(hit.mean()) if len(hit) else 0.0
+
+
+def _in_window(picture: jax.Array, corner: Any, size: tuple[int, int]) -> jax.Array:
+    """`picture` [H, W, C] inside a window, zero outside."""
+    rows, columns = jnp.ogrid[: picture.shape[0], : picture.shape[1]]
+    inside = (rows >= corner[0]) & (rows < corner[0] + size[0])
+    inside &= (columns >= corner[1]) & (columns < corner[1] + size[1])
+    return jnp.where(inside[..., None], picture, 0)
+
+
+def _windows(size: int, key: jax.Array, count: int, shape: tuple[int, int, int]) -> jax.Array:
+    """Random windows of extreme colours: each pixel its own, its own of grey, or one for all."""
+    keys = jax.random.split(key, 4)
+    inside = min(size, shape[0]), min(size, shape[1])
+    room = jnp.array([shape[0] - inside[0] + 1, shape[1] - inside[1] + 1])
+    corners = jax.random.randint(keys[0], (count, 2), 0, room)
+    colours = jax.random.rademacher(keys[1], (count, *shape), jnp.float32)
+    colours = colours.at[1::3].set(colours[1::3, :, :, :1])
+    solid = jax.random.rademacher(keys[2], (count, 1, 1, shape[2]), jnp.float32)
+    grey = jax.random.bernoulli(keys[3], 0.5, (count, 1, 1, 1))
+    solid = jnp.where(grey, solid[..., :1], solid)
+    colours = colours.at[2::3].set(jnp.broadcast_to(solid, colours.shape)[2::3])
+    return jax.vmap(lambda picture, corner: _in_window(picture, corner, inside))(colours, corners)
+
+
+def _wave(shape: tuple[int, int], which: Any, phases: jax.Array) -> jax.Array:
+    """cos(2 pi (f_y y / H + f_x x / W) + phase) [H, W, C]."""
+    y, x = jnp.arange(shape[0])[:, None] / shape[0], jnp.arange(shape[1]) / shape[1]
+    return jnp.cos(2 * jnp.pi * (which[0] * y + which[1] * x)[..., None] + phases)

@@ -1,0 +1,149 @@
+"""The search for universal perturbations towards each label."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import MODEL, SQUARE, clean, same, small_model
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ibau_jax import Dataset, InputError
+from ibau_jax.unlearning.search import (
+    GEOMETRIES,
+    UNTARGETED,
+    Geometry,
+    Search,
+    cosine,
+    height,
+    pixels,
+    share,
+    sphere,
+    window,
+)
+
+KEY = jax.random.key(0)
+SHAPE = (7, 6, 2)
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=lambda geometry: geometry.name)
+@given(seed=st.integers(0, 2**31))
+def test_no_member_goes_farther_than_the_vertex(geometry, seed):
+    keys = jax.random.split(jax.random.key(seed), 2)
+    direction = jax.random.normal(keys[0], SHAPE)
+    vertex = geometry.vertex(direction)
+    if geometry.draw is None:
+        members = jax.random.normal(keys[1], (50, *SHAPE))
+        members /= jnp.linalg.norm(members.reshape(50, -1), axis=1)[:, None, None, None]
+    else:
+        members = geometry.draw(keys[1], 50, SHAPE)
+    along = jnp.sum(members * direction, axis=(1, 2, 3))
+    assert float(jnp.sum(vertex * direction)) >= float(along.max()) - 1e-3
+    # A vertex is the farthest along itself: it belongs to the set.
+    np.testing.assert_allclose(geometry.vertex(vertex), vertex, atol=1e-4)
+
+
+def test_vertices_by_hand():
+    direction = np.zeros((4, 5, 1), np.float32)
+    direction[1, 2], direction[2, 3], direction[0, 0] = 3, -2, 2.5
+    wanted = np.zeros_like(direction)
+    wanted[1, 2], wanted[2, 3] = 1, -1
+    np.testing.assert_array_equal(window(2).vertex(jnp.array(direction)), wanted)
+    wanted[2, 3], wanted[0, 0] = 0, 1
+    np.testing.assert_array_equal(pixels(2).vertex(jnp.array(direction)), wanted)
+    np.testing.assert_allclose(
+        sphere(2).vertex(jnp.array(direction)), 2 * direction / np.linalg.norm(direction), rtol=1e-6
+    )
+    assert not np.any(sphere(1).vertex(jnp.zeros(SHAPE)))  # and no NaN
+    y = np.arange(8)[:, None, None] / 8 * np.ones((1, 8, 1))
+    wave = (0.3 * np.cos(2 * np.pi * 2 * y + 1)).astype(np.float32)
+    np.testing.assert_allclose(cosine(0.1).vertex(jnp.array(wave)), wave / 3, atol=1e-5)
+
+
+def test_windows_larger_than_the_image_are_the_image():
+    assert np.all(np.abs(window(9).vertex(jnp.ones(SHAPE))) == 1)
+    assert np.all(np.abs(window(9).draw(KEY, 3, SHAPE)) == 1)
+    assert np.all(pixels(100).vertex(jnp.ones(SHAPE)) == 1)
+
+
+def test_random_windows_are_of_three_kinds():
+    drawn = np.asarray(window(3).draw(KEY, 30, SHAPE))
+    assert {int(n) for n in np.abs(drawn).sum((1, 2, 3))} == {3 * 3 * 2}
+    kinds = [{tuple(p) for p in d[np.abs(d).sum(-1) > 0]} for d in drawn]
+    assert all(len(kind) == 1 for kind in kinds[2::3])  # one colour
+    assert all(a == b for kind in kinds[1::3] for a, b in kind)  # greys
+    assert len({tuple(np.argwhere(d)[0]) for d in drawn}) > 10  # at many places
+
+
+@given(st.integers(0, 2**31))
+def test_height(seed):
+    logits = np.random.default_rng(seed).normal(scale=3, size=(4, 3)).astype(np.float32)
+    true = np.array([0, 1, 2, 1])
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    away = np.log(1 - p[np.arange(4), true])
+    np.testing.assert_allclose(height(logits, true, UNTARGETED), away, rtol=1e-3, atol=1e-4)
+    towards = np.where(true == 1, 0, np.log(p[:, 1]))
+    np.testing.assert_allclose(height(logits, true, 1), towards, rtol=1e-4, atol=1e-5)
+
+
+def test_a_certain_model_has_a_slope():
+    """The cross-entropy of the true label has none there."""
+    logits, true = jnp.array([[40.0, 0, 0]]), jnp.array([0])
+    for label in (1, UNTARGETED):
+        slope = jax.grad(lambda z, label=label: jnp.sum(height(z, true, label)))(logits)
+        assert abs(float(slope[0, 0])) > 0.5
+
+
+def test_shares():
+    given, true = np.array([1, 1, 0, 2]), np.array([1, 0, 0, 2])
+    assert share(given, true, 1) == pytest.approx(1 / 3)
+    assert share(given, true, UNTARGETED) == 0.25
+    assert share(given[:1], true[:1], 1) == 0.0
+
+
+def hidden(params, images):
+    """Label 1 where more than two of four pixels in a corner are white; else label 0.
+
+    At grey images its gradient is zero.
+    """
+    white = jnp.sum(jnp.clip(images[:, -2:, -2:, 0] * 4 - 3, 0, 1), axis=(1, 2))
+    ones = jnp.ones(len(images))
+    return params * jnp.stack([ones * 0.5, jax.nn.relu(white - 1.5), -ones], -1)
+
+
+def test_random_starts_find_what_the_gradient_does_not_show():
+    data = Dataset(np.full((20, 8, 8, 1), 0.5, np.float32), np.zeros(20, np.int32))
+    from_zero = Geometry("from zero", window(2).vertex, None)
+    search = Search(hidden, (from_zero, window(2), pixels(4)), starts=200)
+    found = search(jnp.float32(10), data, [1, 2], key=KEY)
+    np.testing.assert_array_equal(found.strength, [[0, 0], [1, 0], [1, 0]])
+    np.testing.assert_array_equal(found.deltas[1, 0, -2:, -2:, 0], np.ones((2, 2)))
+    assert found.given.shape == (3, 2, 10) and found.true.shape == (10,)
+
+
+SEARCH = Search(MODEL, (window(3), pixels(9)), steps=5, starts=150)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_label_of_a_backdoor_stands_out(seed):
+    labels = [*range(10), UNTARGETED]
+    found = SEARCH(small_model(seed, True), clean(), labels, key=KEY)
+    strength = found.strength[0, :10]
+    assert strength.argmax() == SQUARE.target and strength.max() > 0.8
+    assert np.delete(strength, SQUARE.target).max() < strength.max() - 0.2
+    of_clean = SEARCH(small_model(seed, False), clean(), labels, key=KEY).strength[0, :10]
+    assert of_clean[SQUARE.target] < strength.max() - 0.3
+    again = SEARCH(small_model(seed, True), clean(), labels, key=KEY)
+    same(found, again)
+
+
+def test_few_images():
+    data = clean()
+    two = Dataset(data.images[:2], data.labels[:2])
+    found = SEARCH(small_model(0, True), two, [SQUARE.target], key=KEY)
+    assert np.isfinite(found.deltas).all() and found.given.shape == (2, 1, 1)
+    one = Dataset(data.images[:1], data.labels[:1])
+    with pytest.raises(InputError, match=r"1 image\(s\): expected at least 2"):
+        SEARCH(small_model(0, True), one, [0], key=KEY)
+    with pytest.raises(InputError, match="starts is 0"):
+        Search(MODEL, starts=0)
