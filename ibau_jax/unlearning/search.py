@@ -175,7 +175,7 @@ class Search:
         rows = math.gcd(size, 10) if suits_loops(self.logits, params, images) else size
         deltas, given = [], []
         for number, geometry in enumerate(self.geometries):
-            drawn = self._starts(geometry, jax.random.fold_in(key, number), images.shape[1:])
+            drawn = self._starts(geometry, jax.random.fold_in(key, number), images)
             heights = np.asarray(self._look(params, drawn, *few, np.asarray(labels)))
             for best, label in zip(heights.argmax(0), labels, strict=True):
                 delta = self._climb(params, *stack, label, number, drawn[best], rows=rows)
@@ -188,10 +188,11 @@ class Search:
         arrays = np.asarray(deltas).reshape(*shape, *images.shape[1:])
         return Found(arrays, np.asarray(strength), found, np.asarray(held_true, np.int32))
 
-    def _starts(self, geometry: Geometry, key: jax.Array, shape: tuple) -> jax.Array:
+    def _starts(self, geometry: Geometry, key: jax.Array, images: np.ndarray) -> jax.Array:
+        shape = images.shape[1:]
         if geometry.draw is None:
-            return jnp.zeros((1, *shape))
-        return geometry.draw(key, self.starts, shape)
+            return jnp.zeros((1, *shape), images.dtype)
+        return geometry.draw(key, self.starts, shape).astype(images.dtype)
 
     def _look_at(self, params, drawn, images, true, labels):
         """How well each start does towards each label: [starts, labels]."""

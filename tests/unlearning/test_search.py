@@ -137,6 +137,14 @@ def test_the_label_of_a_backdoor_stands_out(seed):
     same(found, again)
 
 
+def test_float64(x64):
+    """Images of two precisions are searched in theirs."""
+    data = Dataset(np.full((6, 8, 8, 1), 0.5), np.zeros(6, np.int32))
+    search = Search(hidden, (window(2), sphere(1)), starts=400, steps=2)
+    found = search(jnp.float64(10), data, [1, UNTARGETED], key=KEY)
+    assert found.deltas.dtype == np.float64 and found.strength[0, 0] == 1
+
+
 def test_few_images():
     data = clean()
     two = Dataset(data.images[:2], data.labels[:2])
