@@ -13,10 +13,14 @@ already is left out. With f0, w0 the given model and its parameters:
     not-that    patched images learn "not the label that f0 gives x + delta"        (SAU)
     shared      delta misleads f and f0 towards the same label: (CE_f + CE_f0) / 2 - JS     (SAU)
     distilled   half of the outer loss is against f0's probabilities of the clean image
+    searched    distilled; a tenth of a batch carries what two searches found towards the target
+                (which is given), and learns "not the target" too
+    searched-not-that   the same; what carries delta learns "not the label that f0 gives" too
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -31,13 +35,15 @@ from published_models import read
 from ibau_jax import load, unlearn
 from ibau_jax.defenses.ft_sam import ascent
 from ibau_jax.defenses.sau import divergence, not_that_label
-from ibau_jax.errors import check_name
+from ibau_jax.errors import InputError, check_name
 from ibau_jax.models.files import load_model
 from ibau_jax.models.model import evaluation_logits
 from ibau_jax.results.metrics import evaluator
 from ibau_jax.results.rows import write_rows
 from ibau_jax.unlearning import ibau
+from ibau_jax.unlearning.batches import Batch, images_in
 from ibau_jax.unlearning.objective import clip_images, cross_entropy, in_parts, patched_images
+from ibau_jax.unlearning.search import Search, cosine, pixels, window
 
 RESULTS = Path(__file__).parent / "results" / "parts.jsonl"
 ZOO = Path(__file__).parent / "zoo"
@@ -115,8 +121,54 @@ def shared(logits, given, config) -> Loss:
     return in_parts(loss, config)
 
 
+SETS = (window(3), pixels(9), window(5), pixels(25), cosine(0.1))
+SHARES = (0.05, 0.1)  # of a batch: delta's, and that of what was searched
+
+
+def towards(logits, given, clean, target: int | None, seed: int) -> jax.Array:
+    """What misleads more than a fifth of the images: [K, H, W, C]."""
+    if target is None:
+        raise InputError("all-to-all has no target to search towards: expected a one-target model")
+    search, deltas = Search(logits, SETS), []
+    for number in range(2):
+        found = search(given, clean, [target], key=jax.random.key(10 * seed + number))
+        deltas += [
+            d for d, s in zip(found.deltas[:, 0], found.strength[:, 0], strict=True) if s > 0.2
+        ]
+    return jnp.stack([jnp.asarray(d) for d in deltas])
+
+
+def patch_many(count: int, key, batch: Batch, share, axis=None) -> Batch:
+    """`patched` is 0 (clean), 1 (delta), or 2 and more: the number of a searched perturbation."""
+    del share, axis
+    keys, rows = jax.random.split(key), len(batch.weights)
+    rank = jnp.argsort(jnp.argsort(jax.random.uniform(keys[0], (rows,))))
+    first = jnp.floor(SHARES[0] * images_in(batch) + 1e-4)
+    both = jnp.floor(sum(SHARES) * images_in(batch) + 1e-4)
+    searched = jnp.where(rank < both, 2 + jax.random.randint(keys[1], (rows,), 0, count), 0)
+    return batch._replace(patched=jnp.where(rank < first, 1, searched).astype(batch.weights.dtype))
+
+
+def many(logits, given, config, searched: jax.Array, target: Any, not_that: bool) -> Loss:
+    """The outer loss with delta and with what was `searched`."""
+
+    def loss(delta, params, batch):
+        which = batch.patched.astype(int)
+        every = jnp.concatenate([jnp.zeros_like(delta)[None], delta[None], searched])
+        images = clip_images(batch.images + every[which])
+        found, wanted = logits(params, images), jax.nn.softmax(logits(given, batch.images))
+        taught = optax.losses.softmax_cross_entropy(found, wanted)
+        total = (taught + cross_entropy(found, batch.labels)) / 2
+        wrong = jnp.where(which > 1, target, jnp.argmax(logits(given, images), -1))
+        away = (which > 1 - not_that) & (wrong != batch.labels)
+        return jnp.sum(batch.weights * (total + jnp.where(away, not_that_label(found, wrong), 0)))
+
+    return in_parts(loss, config)
+
+
 OUTER = {"distilled": distilled, "pam": pam, "not-that": not_that, "sam": sam}
-PARTS = ("default", *OUTER, "shared")
+SEARCHED = ("searched", "searched-not-that")
+PARTS = ("default", *OUTER, "shared", *SEARCHED)
 
 
 @dataclass
@@ -148,9 +200,16 @@ def one(name: str, part: str, seed: int) -> dict[str, Any]:
     given = jax.tree.map(np.asarray, model.variables["params"])
     logits = evaluation_logits(model.classifier.module, model.variables)
     measure = evaluator(logits, load(model.dataset, "test[5000:7000]"), model.attacks)
+    clean, key = load(model.dataset, "test[:5000]"), jax.random.key(seed)
+    target, searched, patch = model.attacks[0].target, None, ibau.patch
+    if part in SEARCHED:
+        searched = towards(logits, given, clean, target, seed)
+        patch = partial(patch_many, len(searched))
 
     def make_loss(logits, config, axis=None) -> Loss:
         plain = PLAIN(logits, config, axis)
+        if searched is not None:
+            return many(logits, given, config, searched, target, part == SEARCHED[1])
         return OUTER[part](logits, given, config, plain) if part in OUTER else plain
 
     def make_inner(loss: Loss, config) -> Loss:
@@ -159,8 +218,8 @@ def one(name: str, part: str, seed: int) -> dict[str, Any]:
             return shared(logits, given, config)
         return PLAIN_INNER(PLAIN(logits, config), config)
 
-    with mock.patch.multiple(ibau, make_loss=make_loss, make_inner=make_inner):
-        clean, key = load(model.dataset, "test[:5000]"), jax.random.key(seed)
+    mocks = {"make_loss": make_loss, "make_inner": make_inner, "patch": patch}
+    with mock.patch.multiple(ibau, **mocks):
         found = unlearn(logits, given, clean, key=key)
     before, after = measure(given), measure(found.params)
     fields = ("acc", "asr", "asr_excl", "ra")
