@@ -34,15 +34,22 @@ from published_models import read
 
 from ibau_jax import load, unlearn
 from ibau_jax.defenses.ft_sam import ascent
-from ibau_jax.defenses.sau import divergence, not_that_label
+from ibau_jax.defenses.sau import divergence
 from ibau_jax.errors import InputError, check_name
 from ibau_jax.models.files import load_model
 from ibau_jax.models.model import evaluation_logits
 from ibau_jax.results.metrics import evaluator
 from ibau_jax.results.rows import write_rows
 from ibau_jax.unlearning import ibau
-from ibau_jax.unlearning.batches import Batch, images_in
-from ibau_jax.unlearning.objective import clip_images, cross_entropy, in_parts, patched_images
+from ibau_jax.unlearning.batches import Batch
+from ibau_jax.unlearning.objective import (
+    clip_images,
+    cross_entropy,
+    in_parts,
+    not_that_label,
+    patch,
+    patched_images,
+)
 from ibau_jax.unlearning.search import Search, cosine, pixels, window
 
 RESULTS = Path(__file__).parent / "results" / "parts.jsonl"
@@ -96,15 +103,18 @@ def not_that(logits, given, config, plain: Loss) -> Loss:
     return in_parts(loss, config)
 
 
+def half_taught(found, of_given, batch: Batch) -> jax.Array:
+    """Half against f0's probabilities of the clean image, half against the label: [N]."""
+    taught = optax.losses.softmax_cross_entropy(found, jax.nn.softmax(of_given))
+    return (taught + cross_entropy(found, batch.labels)) / 2
+
+
 def distilled(logits, given, config, plain: Loss) -> Loss:
     del plain
 
     def loss(delta, params, batch):
         found = logits(params, patched_images(delta, batch, config))
-        wanted = jax.nn.softmax(logits(given, batch.images))
-        taught = optax.losses.softmax_cross_entropy(found, wanted)
-        true = cross_entropy(found, batch.labels)
-        return jnp.sum(batch.weights * (taught + true) / 2)
+        return jnp.sum(batch.weights * half_taught(found, logits(given, batch.images), batch))
 
     return in_parts(loss, config)
 
@@ -141,12 +151,11 @@ def towards(logits, given, clean, target: int | None, seed: int) -> jax.Array:
 def patch_many(count: int, key, batch: Batch, share, axis=None) -> Batch:
     """`patched` is 0 (clean), 1 (delta), or 2 and more: the number of a searched perturbation."""
     del share, axis
-    keys, rows = jax.random.split(key), len(batch.weights)
-    rank = jnp.argsort(jnp.argsort(jax.random.uniform(keys[0], (rows,))))
-    first = jnp.floor(SHARES[0] * images_in(batch) + 1e-4)
-    both = jnp.floor(sum(SHARES) * images_in(batch) + 1e-4)
-    searched = jnp.where(rank < both, 2 + jax.random.randint(keys[1], (rows,), 0, count), 0)
-    return batch._replace(patched=jnp.where(rank < first, 1, searched).astype(batch.weights.dtype))
+    keys = jax.random.split(key)
+    # The same key draws the same order, so that the second share holds the first.
+    first, both = (patch(keys[0], batch, s).patched for s in (SHARES[0], sum(SHARES)))
+    searched = both * (2 + jax.random.randint(keys[1], both.shape, 0, count))
+    return batch._replace(patched=jnp.where(first > 0, 1, searched).astype(both.dtype))
 
 
 def many(logits, given, config, searched: jax.Array, target: Any, not_that: bool) -> Loss:
@@ -156,9 +165,8 @@ def many(logits, given, config, searched: jax.Array, target: Any, not_that: bool
         which = batch.patched.astype(int)
         every = jnp.concatenate([jnp.zeros_like(delta)[None], delta[None], searched])
         images = clip_images(batch.images + every[which])
-        found, wanted = logits(params, images), jax.nn.softmax(logits(given, batch.images))
-        taught = optax.losses.softmax_cross_entropy(found, wanted)
-        total = (taught + cross_entropy(found, batch.labels)) / 2
+        found = logits(params, images)
+        total = half_taught(found, logits(given, batch.images), batch)
         wrong = jnp.where(which > 1, target, jnp.argmax(logits(given, images), -1))
         away = (which > 1 - not_that) & (wrong != batch.labels)
         return jnp.sum(batch.weights * (total + jnp.where(away, not_that_label(found, wrong), 0)))
@@ -201,10 +209,10 @@ def one(name: str, part: str, seed: int) -> dict[str, Any]:
     logits = evaluation_logits(model.classifier.module, model.variables)
     measure = evaluator(logits, load(model.dataset, "test[5000:7000]"), model.attacks)
     clean, key = load(model.dataset, "test[:5000]"), jax.random.key(seed)
-    target, searched, patch = model.attacks[0].target, None, ibau.patch
+    target, searched, marked = model.attacks[0].target, None, patch
     if part in SEARCHED:
         searched = towards(logits, given, clean, target, seed)
-        patch = partial(patch_many, len(searched))
+        marked = partial(patch_many, len(searched))
 
     def make_loss(logits, config, axis=None) -> Loss:
         plain = PLAIN(logits, config, axis)
@@ -218,7 +226,7 @@ def one(name: str, part: str, seed: int) -> dict[str, Any]:
             return shared(logits, given, config)
         return PLAIN_INNER(PLAIN(logits, config), config)
 
-    mocks = {"make_loss": make_loss, "make_inner": make_inner, "patch": patch}
+    mocks = {"make_loss": make_loss, "make_inner": make_inner, "patch": marked}
     with mock.patch.multiple(ibau, **mocks):
         found = unlearn(logits, given, clean, key=key)
     before, after = measure(given), measure(found.params)

@@ -24,7 +24,7 @@ from ibau_jax.errors import InputError, check_positive
 from ibau_jax.models.model import Model, Variables
 from ibau_jax.training.loop import batch_mean
 from ibau_jax.training.optimizers import Adam
-from ibau_jax.unlearning.objective import clip_images, cross_entropy
+from ibau_jax.unlearning.objective import clip_images, cross_entropy, not_that_label
 
 
 @dataclass(frozen=True)
@@ -137,9 +137,3 @@ def divergence(one: jax.Array, two: jax.Array) -> jax.Array:
     middle = jnp.logaddexp(p, q) - jnp.log(2.0).astype(p.dtype)
     terms = jnp.exp(p) * (p - middle) + jnp.exp(q) * (q - middle)
     return jnp.sum(terms, -1) / 2
-
-
-def not_that_label(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """-log(1 - p[label]): logits [N, C], int [N] -> [N]; computed from the others' logits."""
-    others = jnp.where(jax.nn.one_hot(labels, logits.shape[-1], dtype=bool), -jnp.inf, logits)
-    return jax.nn.logsumexp(logits, -1) - jax.nn.logsumexp(others, -1)

@@ -76,6 +76,12 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
 
 
+def not_that_label(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """-log(1 - p[label]): logits [N, C], int [N] -> [N]; computed from the others' logits."""
+    others = jnp.where(jax.nn.one_hot(labels, logits.shape[-1], dtype=bool), -jnp.inf, logits)
+    return jax.nn.logsumexp(logits, -1) - jax.nn.logsumexp(others, -1)
+
+
 def clip_images(images: jax.Array) -> jax.Array:
     """Clip to [0, 1]; a value on the border passes its gradient, as in PyTorch.
 

@@ -20,10 +20,12 @@ import numpy as np
 from jax import lax
 
 from ibau_jax.data import Dataset
+from ibau_jax.devices.microbatch import accumulate
 from ibau_jax.errors import InputError
 from ibau_jax.models.model import Logits, Params
+from ibau_jax.models.predict import predict
 from ibau_jax.unlearning.batches import shuffled, suits_loops
-from ibau_jax.unlearning.objective import clip_images
+from ibau_jax.unlearning.objective import clip_images, not_that_label
 
 UNTARGETED = -1  # away from the true label, wherever to
 
@@ -148,7 +150,7 @@ class Search:
         self.steps, self.batch, self.starts, self.few = steps, batch, starts, few
         self._look = jax.jit(self._look_at)
         self._climb = jax.jit(self._ascend, static_argnames="rows")
-        self._label = jax.jit(lambda p, d, x: jnp.argmax(logits(p, clip_images(x + d)), -1))
+        self._label = predict(logits)
 
     def __call__(
         self, params: Params, clean: Dataset, labels: Sequence[int], *, key: jax.Array
@@ -172,16 +174,17 @@ class Search:
         batches = min(5, len(true) // size)
         stack = [a[: batches * size].reshape(batches, size, *a.shape[1:]) for a in (images, true)]
         # A few at a time, as in `batches.resolve`.
-        rows = math.gcd(size, 10) if suits_loops(self.logits, params, images) else size
+        rows = math.gcd(size, 10) if suits_loops(self.logits, params, images) else None
         deltas, given = [], []
         for number, geometry in enumerate(self.geometries):
             drawn = self._starts(geometry, jax.random.fold_in(key, number), images)
             heights = np.asarray(self._look(params, drawn, *few, np.asarray(labels)))
             for best, label in zip(heights.argmax(0), labels, strict=True):
-                delta = self._climb(params, *stack, label, number, drawn[best], rows=rows)
-                parts = [self._label(params, delta, held[i : i + 20]) for i in range(0, kept, 20)]
-                deltas.append(np.asarray(delta))
-                given.append(np.concatenate(parts))
+                delta = np.asarray(
+                    self._climb(params, *stack, label, number, drawn[best], rows=rows)
+                )
+                deltas.append(delta)
+                given.append(self._label(params, np.clip(held + delta, 0, 1)))
         shape = len(self.geometries), len(labels)
         found = np.asarray(given, np.int32).reshape(*shape, kept)
         strength = [[share(g, held_true, t) for g, t in zip(r, labels, strict=True)] for r in found]
@@ -216,24 +219,18 @@ class Search:
             moved = moved + lax.stop_gradient(clip_images(moved) - moved)
             return jnp.sum(height(self.logits(params, moved), true, label))
 
-        def gradient(delta, index):
-            def add(total, part):
-                return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(delta, *part)), None
-
+        def over(function, delta, index):
             batch = images[index], true[index]
-            parts = [a.reshape(-1, rows, *a.shape[1:]) for a in batch]
-            zero = jnp.zeros((), delta.dtype), jnp.zeros_like(delta)
-            return lax.scan(add, zero, tuple(parts))[0]
+            return accumulate(lambda part: function(delta, *part), batch, rows)
 
         def step(t, carry):
             momentum, delta = carry
-            momentum = 0.8 * momentum + gradient(delta, t % len(images))[1]
+            momentum = 0.8 * momentum + over(jax.grad(loss), delta, t % len(images))
             return momentum, delta + 2 / (t + 2) * (vertex(momentum) - delta)
 
         zero = jnp.zeros_like(start)
         end = vertex(lax.fori_loop(0, self.steps, step, (zero, start))[1])
-        first, last = gradient(start, 0)[0], gradient(end, 0)[0]
-        return jnp.where(last >= first, end, start)
+        return jnp.where(over(loss, end, 0) >= over(loss, start, 0), end, start)
 
 
 def height(logits: jax.Array, true: jax.Array, label: Any) -> jax.Array:
@@ -242,11 +239,9 @@ def height(logits: jax.Array, true: jax.Array, label: Any) -> jax.Array:
     Both have a gradient where the model is certain, as the cross-entropy of the true label has not.
     Images of the label itself count nothing.
     """
-    log_p = jax.nn.log_softmax(logits)
-    others = jnp.arange(logits.shape[1]) != true[:, None]
-    away = jax.nn.logsumexp(jnp.where(others, log_p, -jnp.inf), axis=-1)
-    towards = jnp.where(true == label, 0.0, jnp.take(log_p, jnp.maximum(label, 0), axis=1))
-    return jnp.where(label == UNTARGETED, away, towards)
+    log_p = jnp.take(jax.nn.log_softmax(logits), jnp.maximum(label, 0), axis=1)
+    towards = jnp.where(true == label, 0.0, log_p)
+    return jnp.where(label == UNTARGETED, -not_that_label(logits, true), towards)
 
 
 def share(given: np.ndarray, true: np.ndarray, label: int) -> float:

@@ -14,15 +14,10 @@ from ibau_jax.defenses.anp import ANPConfig, anp, noisy
 from ibau_jax.defenses.clp import CLPConfig, clp, sensitivity
 from ibau_jax.defenses.finetune import Tuning
 from ibau_jax.defenses.ft_sam import FTSAMConfig, ascent, ft_sam, sharpness_aware
-from ibau_jax.defenses.sau import (
-    SAUConfig,
-    divergence,
-    not_that_label,
-    search,
-    shared_unlearning,
-)
+from ibau_jax.defenses.sau import SAUConfig, divergence, search, shared_unlearning
 from ibau_jax.models.model import Frozen
 from ibau_jax.models.normed import normed_layers
+from ibau_jax.unlearning.objective import not_that_label
 
 KEY = jax.random.key(0)
 SAM = FTSAMConfig(
