@@ -77,6 +77,8 @@ class Run:
     out: Path = RESULTS
     again: bool = False
     """Measure anew what is there already."""
+    timed: bool = True
+    """Alone on the machine. Without, the rows say so, and the table leaves their seconds out."""
 
 
 def run(grid: Run) -> None:
@@ -87,7 +89,7 @@ def run(grid: Run) -> None:
         cell = name, defense, seed
         if not grid.again and any(key(row) == cell for row in read(grid.out)):
             continue
-        rows = one(grid.reference, *cell)
+        rows = [{**row, "timed": grid.timed} for row in one(grid.reference, *cell)]
         write_rows(grid.out, [*(row for row in read(grid.out) if key(row) != cell), *rows])
         last = rows[-1]
         print(*cell, *(round(last[k], 4) for k in ("acc", "asr", "asr_excl")), flush=True)
@@ -206,17 +208,25 @@ def means(runs: dict[tuple, list[dict]]) -> None:
             values = [row[field] for row in last if row[field] is not None]
             return f"{sum(values) / len(values):.3f}"
 
-        spent = sum(row["seconds"] for rows in found.values() for row in rows) / len(found)
+        spent = [sum(row["seconds"] for row in rows) for rows in found.values() if timed(rows)]
         failed = sum(row["asr"] >= 0.2 or fall > 0.1 for row, fall in zip(last, falls, strict=True))
         print(
             f"| {defense} | {len(found)} | {len({k[0] for k in found})} "
             f"| {sum(falls) / len(falls):.3f} | {mean('asr')} | {mean('asr_excl')} "
-            f"| {mean('ra')} | {mean('der')} | {spent:.0f} | {failed} |"
+            f"| {mean('ra')} | {mean('der')} "
+            f"| {f'{sum(spent) / len(spent):.0f}' if spent else ''} | {failed} |"
         )
 
 
+def timed(rows: list[dict]) -> bool:
+    """Whether the run was alone on the machine."""
+    return all(row.get("timed", True) for row in rows)
+
+
 def seconds(rows: list[dict]) -> tuple[str, str]:
-    """Of the whole run, and until it took effect."""
+    """Of the whole run, and until it took effect; empty where another job ran beside."""
+    if not timed(rows):
+        return "", ""
     took = effective(rows)
     return f"{sum(r['seconds'] for r in rows):.0f}", f"{took[0]:.0f}" if took else "never"
 
