@@ -13,12 +13,15 @@ from ibau_jax.defenses.run import Job, Rounds, Told
 from ibau_jax.errors import InputError, first_line
 from ibau_jax.hypergradient import Direct, Report, needs_reverse_mode
 from ibau_jax.models.model import Logits, Params, of_params
+from ibau_jax.models.predict import probabilities
 from ibau_jax.progress import note_of
 from ibau_jax.training.optimizers import shown
-from ibau_jax.unlearning.batches import make_batches, resolve, shuffled
+from ibau_jax.unlearning.batches import UNTARGETED, make_batches, resolve, shuffled
 from ibau_jax.unlearning.config import IBAUConfig
+from ibau_jax.unlearning.evidence import GEOMETRIES, Perturbation, collect, look, looks
 from ibau_jax.unlearning.ibau import Step, ibau
-from ibau_jax.unlearning.objective import cross_entropy
+from ibau_jax.unlearning.objective import Aim, cross_entropy
+from ibau_jax.unlearning.search import Search
 
 
 @method(IBAUConfig())
@@ -32,6 +35,10 @@ def unlearn(job: Job) -> Rounds:
     choice is none) and `fallbacks` (outer steps that took the direct gradient instead). `deltas`
     are the last perturbations of the rounds. The diagnostics have `route` and `route_reason` where
     the model made it leave the route of its config.
+
+    Where the config searches (`searched`), `flagged` are the labels that stand out, `found` the
+    strongest perturbations towards them, and the diagnostics have `misled` and `alike` of
+    `unlearning.evidence.Evidence` and `searched`, how many perturbations the rounds had.
     """
     devices, clean, key = job.devices, job.clean, job.key
     logits, params = of_params(job.model, job.variables), job.variables["params"]
@@ -45,24 +52,30 @@ def unlearn(job: Job) -> Rounds:
     if config.shuffle:
         order_key, key = jax.random.split(key)
         clean = shuffled(clean, order_key)
-    batches, sizes = make_batches(clean, config, devices)
+    taught = probabilities(logits)(params, clean.images) if config.distilled else None
+    batches, sizes = make_batches(clean, config, devices, taught)
     algorithm = ibau(logits, config, len(sizes), devices.axis, job.program)
     with job.compiling():
         state = devices.replicate(jax.jit(algorithm.init)(params, key))
         size = jax.jit(config.ball.size).lower(clean.images[0]).compile()
+    rounds = config.rounds or 1
+    hunt = Hunt(job, clean, rounds) if config.searched else None
     deltas: list[np.ndarray] = []
     row: dict[str, Any] = {}
     yield job.variables, row
-    rounds = config.rounds or 1
     with job.progress(rounds * len(sizes), "I-BAU") as advance:
 
         def told(step: Step) -> None:
             job.check_finite("the loss", devices.one(step.loss))
             advance(1)
 
-        for _ in range(rounds):
+        for number in range(rounds):
             advance(0, note_of(row))
-            state, info = algorithm.round(state, batches, told)
+            if hunt is None:
+                aims = (None,)
+            else:
+                aims = hunt.aims(number, devices.one(state.params))
+            state, info = algorithm.round(state, batches, told, aims)
             devices.check_equal(state=state, delta=info.delta)
             delta, height, steps = jax.tree.map(np.asarray, devices.one(info))
             deltas.append(delta)
@@ -74,8 +87,83 @@ def unlearn(job: Job) -> Rounds:
             }
             yield {**job.variables, "params": devices.one(state.params)}, row
         advance(0, note_of(row))
-    route = {"route": config.route, "route_reason": why} if why else {}
-    return Told(deltas=np.stack(deltas), diagnostics=route)
+    diagnostics = {"route": config.route, "route_reason": why} if why else {}
+    if hunt is None:
+        return Told(deltas=np.stack(deltas), diagnostics=diagnostics)
+    return Told(np.stack(deltas), hunt.pictures(), {**diagnostics, **hunt.told()})
+
+
+class Hunt:
+    """What is searched before the first round and in the middle of them, and what it gave."""
+
+    def __init__(self, job: Job, clean: Dataset, rounds: int):
+        logits = of_params(job.model, job.variables)
+        self.job, self.clean, self.rounds = job, clean, rounds
+        self.search = Search(logits, GEOMETRIES, compiling=job.compiling)
+        self.key = jax.random.fold_in(job.key, 1)  # not one of those that the rounds draw
+        self.found: list[Perturbation] = []
+        self.ascents = 0
+
+    def aims(self, number: int, params: Params) -> list[Aim]:
+        """For the ascents of round `number` in turn."""
+        if number == 0:
+            self._look(params)
+        if number in (0, -(-self.rounds // 2)) and self.evidence.suspects:
+            self._again(params, jax.random.fold_in(self.key, number + 1))
+        suspects = self.evidence.suspects or (UNTARGETED,)
+        pool = np.zeros((self.room, *self.clean.images.shape[1:]), self.clean.images.dtype)
+        labels = np.full(self.room, UNTARGETED, np.int32)
+        for i, one in enumerate(self.found):
+            pool[i], labels[i] = one.delta, one.label
+        pool, labels = self.job.devices.replicate((pool, labels))
+        size = len(self.found)
+        aims = [Aim(self._whole(s), pool, labels, self._whole(size)) for s in suspects]
+        # The next round goes on where this one ends.
+        first = number % len(aims)
+        return aims[first:] + aims[:first]
+
+    def _whole(self, value: int) -> jax.Array:
+        return self.job.devices.replicate(np.int32(value))
+
+    def _look(self, params: Params) -> None:
+        classes = self.job.num_classes
+        with self.job.compiling():
+            self.search.warm(params, self.clean)
+        with self.job.progress(looks(classes), "search") as advance:
+            self.evidence = look(
+                self.search, params, self.clean, classes, key=self.key, advance=advance
+            )
+        self.found = list(self.evidence.found)
+        # So many can be found in all: the shape that the rounds are compiled for.
+        wide = len(self.evidence.suspects) * len(GEOMETRIES)
+        self.room = max(1, len(self.found) + 2 * wide)
+
+    def _again(self, params: Params, key: jax.Array) -> None:
+        suspects = self.evidence.suspects
+        found = self.search(params, self.clean, suspects, key=key)
+        self.found += collect(list(GEOMETRIES), suspects, found)
+
+    def pictures(self) -> dict[str, np.ndarray]:
+        """The strongest perturbation towards each suspect, grey where it changes nothing."""
+        best: dict[int, Perturbation] = {}
+        for one in self.found:
+            if one.label not in best or one.strength > best[one.label].strength:
+                best[one.label] = one
+        return {
+            f"{'any label' if one.label == UNTARGETED else f'label {one.label}'}: "
+            f"{one.geometry}, strength {one.strength:.2f}": np.clip(0.5 + one.delta / 2, 0, 1)
+            for one in best.values()
+        }
+
+    def told(self) -> dict[str, Any]:
+        """For the diagnostics."""
+        evidence = self.evidence
+        return {
+            "flagged": [s for s in evidence.suspects if s != UNTARGETED],
+            "misled": evidence.misled,
+            "alike": evidence.alike,
+            "searched": len(self.found),
+        }
 
 
 def choose_route(

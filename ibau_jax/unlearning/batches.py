@@ -25,6 +25,10 @@ class Batch(NamedTuple):
       weights: [B], adding up to 1 over the real rows.
       patched: [B], 1 where the image carries delta.
       size: int32 scalar, images in the whole batch, over all devices; None: one device has all.
+      taught: [B, num_classes], what the given model says of the image; None: it is not asked.
+      added: [B, H, W, C], what else is added to the image; None: nothing.
+      towards: int32 [B], the label that what is added leads to, `UNTARGETED` where to none; None:
+        nowhere.
     """
 
     images: Any
@@ -32,10 +36,19 @@ class Batch(NamedTuple):
     weights: Any
     patched: Any
     size: Any = None
+    taught: Any = None
+    added: Any = None
+    towards: Any = None
+
+
+UNTARGETED = -1  # away from the true label, wherever to
 
 
 def make_batches(
-    clean: Dataset, config: IBAUConfig, on: Devices | None = None
+    clean: Dataset,
+    config: IBAUConfig,
+    on: Devices | None = None,
+    taught: np.ndarray | None = None,
 ) -> tuple[Batch, np.ndarray]:
     """Cut a clean set, in its order, into batches; the last one may be smaller.
 
@@ -49,6 +62,7 @@ def make_batches(
       config: from `resolve`.
       on: spread the rows of each batch over these devices; None: leave them where JAX puts
         arrays.
+      taught: for each image, see `Batch`.
 
     Returns:
       The stack, and the number of real images in each batch.
@@ -70,6 +84,7 @@ def make_batches(
             weights=weights.astype(clean.images.dtype),
             patched=np.zeros(index.shape, clean.images.dtype),
             size=sizes.astype(np.int32),
+            taught=None if taught is None else taught[index],
         )
 
     return (jax.tree.map(jnp.asarray, rows_of(0)) if on is None else on.share(rows_of)), sizes

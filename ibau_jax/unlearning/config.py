@@ -56,6 +56,10 @@ class IBAUConfig:
       clip: keep patched images in [0, 1].
       outer_steps: outer steps after each ascent; None: a pass over all batches.
       share: share of each outer batch that carries delta; at least one image always does.
+      searched: share of each outer batch that carries what a search found (`unlearning.evidence`),
+        and delta then leads to the labels that stand out in it; 0: nothing is searched.
+      distilled: share of the outer loss that is against the given model's own probabilities for
+        the clean image.
       outer_optimizer: beta, of the parameters: any `Optimizer`, such as `Adam(1e-3)` or
         `optax.adamw(1e-3)`.
       hessian: batch of the inner loss in the hypergradient: `first` or the `same` as the outer.
@@ -82,6 +86,8 @@ class IBAUConfig:
     clip: bool = True
     outer_steps: int | None = None
     share: float = 0.05
+    searched: float = 0.0
+    distilled: float = 0.0
     outer_optimizer: Optimizer = Adam(2e-3, schedule="cosine", clip=1.0)  # noqa: RUF009
     hessian: str = "same"
     hessian_images: int | None = 10
@@ -106,6 +112,9 @@ class IBAUConfig:
                 )
         if not 0 < self.share <= 1:
             raise InputError(f"share is {self.share}: expected a share of a batch in (0, 1]")
+        for name in ("searched", "distilled"):
+            if not 0 <= (value := getattr(self, name)) <= 1:
+                raise InputError(f"{name} is {value}: expected a share in [0, 1]")
         if isinstance(self.microbatch, int) and self.microbatch < 1:
             raise InputError(f"microbatch is {self.microbatch}: expected at least 1, auto or None")
 
@@ -118,6 +127,17 @@ class IBAUConfig:
     def default(cls) -> "IBAUConfig":
         """What a user gets who names no preset."""
         return cls()
+
+    @classmethod
+    def targeted(cls) -> "IBAUConfig":
+        """With a search: unlearns what leads to labels that stand out (experiments/default.md)."""
+        return cls(
+            inner_steps=25,
+            outer_steps=25,
+            searched=0.1,
+            distilled=0.5,
+            outer_optimizer=Adam(1e-3, schedule="cosine", clip=1.0),
+        )
 
     @classmethod
     def algorithm1(cls) -> "IBAUConfig":
@@ -195,6 +215,7 @@ class IBAUConfig:
 
 PRESETS = {
     "default": lambda dataset: IBAUConfig.default(),
+    "targeted": lambda dataset: IBAUConfig.targeted(),
     "algorithm1": lambda dataset: IBAUConfig.algorithm1(),
     "published": IBAUConfig.published,
 }

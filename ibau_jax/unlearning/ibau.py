@@ -9,7 +9,8 @@ What differs between the paper's text, the published code and our default is in 
 nowhere else. `defenses.ibau.unlearn` runs it.
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,7 +23,17 @@ from ibau_jax.hypergradient import Report, hypergradient, hypergradient_jaxopt
 from ibau_jax.models.model import Logits, Params
 from ibau_jax.unlearning.batches import Batch, first_rows
 from ibau_jax.unlearning.config import IBAUConfig
-from ibau_jax.unlearning.objective import make_inner, make_loss, patch, pick, predicted
+from ibau_jax.unlearning.objective import (
+    Aim,
+    aimed,
+    make_inner,
+    make_leading,
+    make_loss,
+    patch,
+    pick,
+    predicted,
+    spread,
+)
 
 ROUTES = {"explicit": hypergradient, "jaxopt": hypergradient_jaxopt}
 
@@ -55,11 +66,13 @@ class Algorithm(NamedTuple):
 
     Attributes:
       init: `init(params, key) -> State`.
-      ascend: `ascend(params, batches, first) -> (delta, height)`: the inner problem on the batches
-        in turn, from number `first`; `height` is H on its last batch, before its final step.
-      descend: `descend(state, delta, batches, index) -> (state, Step)`: an outer step.
-      round: `round(state, batches, told) -> (state, Info)`: a pass over the clean batches;
-        `told(Step)` is called after each outer step.
+      ascend: `ascend(params, batches, first, aim) -> (delta, height)`: the inner problem on the
+        batches in turn, from number `first`; `height` is minus what delta minimises (H, if `aim` is
+        None) on its last batch, before its final step.
+      descend: `descend(state, delta, batches, index, aim) -> (state, Step)`: an outer step.
+      round: `round(state, batches, told, aims) -> (state, Info)`: a pass over the clean batches;
+        `told(Step)` is called after each outer step. `aims`: for the ascents in turn what a search
+        said (see `Aim`); the paper's algorithm has None.
     """
 
     init: Callable[[Params, jax.Array], State]
@@ -93,20 +106,24 @@ def ibau(
     K = (config.rounds or 1) * num_batches
     alpha, beta = config.inner_transform(T), config.outer_transform(K)
     H = make_loss(logits, config, axis)  # H(delta, params, batch)
-    inner = make_inner(H, config)  # what delta minimises: -H
+    # What delta minimises: -H, or what leads to a label.
+    inner = make_leading(logits, config, axis) if config.searched else make_inner(H, config)
     implicit = ROUTES[config.route]
 
     def init(params: Params, key: jax.Array) -> State:
         return State(params, beta.init(params), key)
 
     @partial(program, rows=(1,))
-    def ascend(params: Params, batches: Batch, first: Any) -> tuple[jax.Array, jax.Array]:
+    def ascend(
+        params: Params, batches: Batch, first: Any, aim: Aim | None = None
+    ) -> tuple[jax.Array, jax.Array]:
         if config.inner_labels == "predicted":  # of the clean images: they do not change here
             batches = batches._replace(labels=predicted(logits, params, batches.images, config))
 
         def step(t, carry):
             delta, alpha_state, _ = carry
             batch = pick(batches, (first + t) % num_batches)
+            batch = batch if aim is None else aimed(batch, aim.label)
             value, slope = jax.value_and_grad(inner)(delta, params, batch)
             height = config.penalty * jnp.sum(delta**2) - value  # H, at the delta it belongs to
             move, alpha_state = alpha.update(slope, alpha_state, delta)
@@ -121,11 +138,18 @@ def ibau(
         return (C.project(delta) if config.project == "at-end" else delta), height
 
     @partial(program, rows=(2,))
-    def descend(state: State, delta: jax.Array, batches: Batch, index: Any) -> tuple[State, Step]:
+    def descend(
+        state: State, delta: jax.Array, batches: Batch, index: Any, aim: Aim | None = None
+    ) -> tuple[State, Step]:
         key, subkey = jax.random.split(state.key)
-        batch = patch(subkey, pick(batches, index), config.share, axis)
+        batch = pick(batches, index)
+        if aim is None:
+            batch = patch(subkey, batch, config.share, axis)
+        else:
+            batch = spread(subkey, batch, aim, config, axis)
         few = pick(batches, 0) if config.hessian == "first" else batch
         few = first_rows(few, config.hessian_images, config.rows_multiple, axis)
+        few = few if aim is None else aimed(few, aim.label)
         value, gradient, report = implicit(  # line 7
             lambda delta, params: H(delta, params, batch),
             lambda delta, params: inner(delta, params, few),
@@ -140,13 +164,17 @@ def ibau(
         return State(params, beta_state, key), Step(value, report)
 
     def round(
-        state: State, batches: Batch, told: Callable[[Step], None] = lambda step: None
+        state: State,
+        batches: Batch,
+        told: Callable[[Step], None] = lambda step: None,
+        aims: Sequence[Aim | None] = (None,),
     ) -> tuple[State, Info]:
         steps: list[Step] = []
-        for first, end in config.schedule(num_batches):  # line 1
-            delta, height = ascend(state.params, batches, first)
+        ascents = config.schedule(num_batches)
+        for (first, end), aim in zip(ascents, itertools.cycle(aims), strict=False):  # line 1
+            delta, height = ascend(state.params, batches, first, aim)
             for index in range(first, end):
-                state, step = descend(state, delta, batches, index)
+                state, step = descend(state, delta, batches, index, aim)
                 told(step)
                 steps.append(step)
         return state, Info(delta, height, steps)

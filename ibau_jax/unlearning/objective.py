@@ -1,4 +1,10 @@
-"""H of equation (1) on batches of clean images, some of which carry the perturbation."""
+"""H of equation (1) on batches of clean images, some of which carry the perturbation.
+
+And what the preset `targeted` makes of it: perturbations that a search found beside delta, a delta
+that leads to a label, the given model's own probabilities.
+"""
+
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +14,24 @@ from jax import lax
 from ibau_jax.devices import mesh
 from ibau_jax.devices.microbatch import summed
 from ibau_jax.models.model import Logits, Params
-from ibau_jax.unlearning.batches import Batch, images_in
+from ibau_jax.unlearning.batches import UNTARGETED, Batch, images_in
 from ibau_jax.unlearning.config import IBAUConfig
+
+
+class Aim(NamedTuple):
+    """What a search said is to be unlearned.
+
+    Attributes:
+      label: int32 scalar, where delta leads; `UNTARGETED`: away from the true labels.
+      pool: [K, H, W, C], perturbations that were found, the first `size` of them.
+      labels: int32 [K], the label that each leads to, or `UNTARGETED`.
+      size: int32 scalar, at most K.
+    """
+
+    label: Any
+    pool: Any
+    labels: Any
+    size: Any
 
 
 def make_loss(logits: Logits, config: IBAUConfig, axis: str | None = None):
@@ -18,18 +40,31 @@ def make_loss(logits: Logits, config: IBAUConfig, axis: str | None = None):
     The mean cross-entropy over the batch (`batch.weights` add up to 1) with delta on the
     images that `batch.patched` marks. With `axis`, the batch is spread over the devices of
     that mapped axis, and the loss and its gradients are those of the whole batch.
+
+    Where a batch has `taught`, a share `config.distilled` of each image's loss is against it. Where
+    what is added leads to a label that is not the image's own, -log(1 - p(label)) comes on top:
+    no more is asked than "not that label" (Wei et al., NeurIPS 2023: SAU).
     """
 
     def loss(delta, params, batch: Batch):
-        images = patched_images(delta, batch, config)
-        return jnp.sum(batch.weights * cross_entropy(logits(params, images), batch.labels))
+        found = logits(params, patched_images(delta, batch, config))
+        each = cross_entropy(found, batch.labels)
+        if batch.taught is not None:
+            taught = optax.losses.softmax_cross_entropy(found, batch.taught)
+            each = (1 - config.distilled) * each + config.distilled * taught
+        if batch.towards is not None:
+            misled = (batch.towards != UNTARGETED) & (batch.towards != batch.labels)
+            each += jnp.where(misled, not_that_label(found, batch.towards), 0)
+        return jnp.sum(batch.weights * each)
 
     return in_parts(loss, config, axis)
 
 
 def patched_images(delta: jax.Array, batch: Batch, config: IBAUConfig) -> jax.Array:
-    """The images of a batch, with delta on those that `batch.patched` marks."""
+    """The images of a batch, with delta on those that `batch.patched` marks, and `batch.added`."""
     images = batch.images + batch.patched[:, None, None, None] * delta
+    if batch.added is not None:
+        images = images + batch.added
     return clip_images(images) if config.clip else images
 
 
@@ -49,6 +84,62 @@ def make_inner(loss, config: IBAUConfig):
         return config.penalty * jnp.sum(delta**2) - loss(delta, params, everywhere)
 
     return inner
+
+
+def make_leading(logits: Logits, config: IBAUConfig, axis: str | None = None):
+    """What a delta that leads to `batch.towards` minimises: `inner(delta, params, batch)`.
+
+    The mean of -log p(label) over the images of other labels; where the label is `UNTARGETED`
+    minus H, as in `make_inner`. Plus the penalty.
+    """
+
+    def loss(delta, params, batch: Batch):
+        everywhere = batch._replace(patched=jnp.ones_like(batch.weights), added=None)
+        found = logits(params, patched_images(delta, everywhere, config))
+        to = cross_entropy(found, jnp.maximum(batch.towards, 0))
+        to = jnp.where(batch.towards == batch.labels, 0, to)
+        away = -cross_entropy(found, batch.labels)
+        return jnp.sum(batch.weights * jnp.where(batch.towards == UNTARGETED, away, to))
+
+    parts = in_parts(loss, config, axis)
+    return lambda delta, params, batch: (
+        config.penalty * jnp.sum(delta**2) + parts(delta, params, batch)
+    )
+
+
+def aimed(batch: Batch, label: Any) -> Batch:
+    """A batch all of which is led to `label`."""
+    return batch._replace(towards=jnp.full(batch.labels.shape, label, jnp.int32))
+
+
+def spread(
+    key: jax.Array, batch: Batch, aim: Aim, config: IBAUConfig, axis: str | None = None
+) -> Batch:
+    """Mark `config.share` with delta, as `patch`, and put the pool on `config.searched` of others.
+
+    One of the pool drawn for each image, for half of the images at another place, drawn too: a
+    model answers to a trigger wherever it is, and unlearns it only where it meets it.
+    """
+    keys = jax.random.split(key, 4)
+    every = len(batch.weights) * mesh.width(axis)
+    mine = mesh.numbers(len(batch.weights), axis)
+    # The same key gives the same order, so that the second share holds the first.
+    first, both = (
+        patch(keys[0], batch, share, axis).patched
+        for share in (config.share, min(1.0, config.share + config.searched))
+    )
+    carries = (both > first) & (aim.size > 0)
+    which = jax.random.randint(keys[1], (every,), 0, jnp.maximum(aim.size, 1))[mine]
+    height, width = batch.images.shape[1:3]
+    moves = jax.random.randint(keys[2], (every, 2), 0, jnp.array([height, width]))[mine]
+    moves = jnp.where(jax.random.bernoulli(keys[3], 0.5, (every, 1))[mine], moves, 0)
+    added = jax.vmap(lambda one, move: jnp.roll(one, move, (0, 1)))(aim.pool[which], moves)
+    towards = jnp.where(carries, aim.labels[which], UNTARGETED)
+    return batch._replace(
+        patched=first,
+        added=jnp.where(carries[:, None, None, None], added, 0),
+        towards=jnp.where(first > 0, aim.label, towards).astype(jnp.int32),
+    )
 
 
 def patch(key: jax.Array, batch: Batch, share: float, axis: str | None = None) -> Batch:

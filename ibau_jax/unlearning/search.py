@@ -10,8 +10,11 @@ whole of it. So a search starts from the best of many vertices drawn at random, 
 forward pass for all labels (measured in experiments/default.md).
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -24,10 +27,8 @@ from ibau_jax.devices.microbatch import accumulate
 from ibau_jax.errors import InputError
 from ibau_jax.models.model import Logits, Params
 from ibau_jax.models.predict import predict
-from ibau_jax.unlearning.batches import shuffled, suits_loops
+from ibau_jax.unlearning.batches import UNTARGETED, shuffled, suits_loops
 from ibau_jax.unlearning.objective import clip_images, not_that_label
-
-UNTARGETED = -1  # away from the true label, wherever to
 
 
 class Geometry(NamedTuple):
@@ -131,6 +132,7 @@ class Search:
       geometries: the sets to search.
       steps: of an ascent, each on `batch` images.
       starts: how many random perturbations are drawn for a geometry, looked at on `few` images.
+      compiling: entered while it compiles, for example to take the time.
     """
 
     def __init__(
@@ -142,18 +144,25 @@ class Search:
         batch: int = 20,
         starts: int = 300,
         few: int = 10,
+        compiling: Callable[[], AbstractContextManager] = contextlib.nullcontext,
     ):
         for name, value in (("steps", steps), ("batch", batch), ("starts", starts), ("few", few)):
             if value < 1:
                 raise InputError(f"{name} is {value}: expected a whole number of at least 1")
         self.logits, self.geometries = logits, tuple(geometries)
         self.steps, self.batch, self.starts, self.few = steps, batch, starts, few
-        self._look = jax.jit(self._look_at)
-        self._climb = jax.jit(self._ascend, static_argnames="rows")
-        self._label = predict(logits)
+        self._label, self._compiling = predict(logits), compiling
+        self._programs: dict[Any, Callable] = {}
 
     def __call__(
-        self, params: Params, clean: Dataset, labels: Sequence[int], *, key: jax.Array
+        self,
+        params: Params,
+        clean: Dataset,
+        labels: Sequence[int],
+        *,
+        key: jax.Array,
+        among: Sequence[Geometry] | None = None,
+        advance: Callable[[int], None] = lambda count: None,
     ) -> Found:
         """Search towards each of `labels` (0 .. classes - 1, or `UNTARGETED`).
 
@@ -161,13 +170,15 @@ class Search:
           clean: correctly labelled images [N, H, W, C] in [0, 1]; half of them, but at most 200,
             are held back to measure the strength.
           key: random key; decides the images and the starts.
+          among: of the `geometries`; None: all.
+          advance: called with 1 after each ascent.
         """
         count = len(clean.labels)
         if count < 2:
             raise InputError(f"the clean set has {count} image(s): expected at least 2")
         order, key = jax.random.split(key)
         images, true = shuffled(clean, order)
-        kept = min(200, count // 2)
+        kept = kept_of(count)
         held, held_true, images, true = images[:kept], true[:kept], images[kept:], true[kept:]
         few = images[: self.few], true[: self.few]
         size = min(self.batch, len(true))
@@ -175,21 +186,40 @@ class Search:
         stack = [a[: batches * size].reshape(batches, size, *a.shape[1:]) for a in (images, true)]
         # A few at a time, as in `batches.resolve`.
         rows = math.gcd(size, 10) if suits_loops(self.logits, params, images) else None
+        ascend = partial(self._ascend, rows=rows)
         deltas, given = [], []
-        for number, geometry in enumerate(self.geometries):
+        names = [g.name for g in self.geometries]
+        among = self.geometries if among is None else among
+        for geometry in among:
+            number = names.index(geometry.name)
             drawn = self._starts(geometry, jax.random.fold_in(key, number), images)
-            heights = np.asarray(self._look(params, drawn, *few, np.asarray(labels)))
-            for best, label in zip(heights.argmax(0), labels, strict=True):
-                delta = np.asarray(
-                    self._climb(params, *stack, label, number, drawn[best], rows=rows)
-                )
+            which = np.asarray(labels, np.int32)
+            heights = np.asarray(self._run(self._look_at, params, drawn, *few, which))
+            for best, label in zip(heights.argmax(0), which, strict=True):
+                args = *stack, label, np.int32(number), drawn[best]
+                delta = np.asarray(self._run(ascend, params, *args))
                 deltas.append(delta)
                 given.append(self._label(params, np.clip(held + delta, 0, 1)))
-        shape = len(self.geometries), len(labels)
+                advance(1)
+        shape = len(among), len(labels)
         found = np.asarray(given, np.int32).reshape(*shape, kept)
         strength = [[share(g, held_true, t) for g, t in zip(r, labels, strict=True)] for r in found]
         arrays = np.asarray(deltas).reshape(*shape, *images.shape[1:])
         return Found(arrays, np.asarray(strength), found, np.asarray(held_true, np.int32))
+
+    def warm(self, params: Params, clean: Dataset) -> None:
+        """Compile what reads the labels."""
+        self._label(params, clean.images[: kept_of(len(clean.labels))])
+
+    def _run(self, function: Callable, *args: Any) -> Any:
+        """`function(*args)`, compiled once for arguments of these shapes."""
+        shapes = jax.eval_shape(lambda *args: args, *args)
+        name = getattr(function, "func", function).__name__
+        key = name, str(shapes)
+        if key not in self._programs:
+            with self._compiling():
+                self._programs[key] = jax.jit(function).lower(*args).compile()
+        return self._programs[key](*args)
 
     def _starts(self, geometry: Geometry, key: jax.Array, images: np.ndarray) -> jax.Array:
         shape = images.shape[1:]
@@ -242,6 +272,11 @@ def height(logits: jax.Array, true: jax.Array, label: Any) -> jax.Array:
     log_p = jnp.take(jax.nn.log_softmax(logits), jnp.maximum(label, 0), axis=1)
     towards = jnp.where(true == label, 0.0, log_p)
     return jnp.where(label == UNTARGETED, -not_that_label(logits, true), towards)
+
+
+def kept_of(count: int) -> int:
+    """How many of `count` images are held back to measure the strength."""
+    return min(200, count // 2)
 
 
 def share(given: np.ndarray, true: np.ndarray, label: int) -> float:
