@@ -12,5 +12,16 @@ from ibau_jax.defenses.run import Result
 from ibau_jax.errors import InputError
 from ibau_jax.training.optimizers import SGD, Adam
 from ibau_jax.unlearning.config import IBAUConfig
+from ibau_jax.unlearning.evidence import inspect
 
-__all__ = ["SGD", "Adam", "Dataset", "IBAUConfig", "InputError", "Result", "load", "unlearn"]
+__all__ = [
+    "SGD",
+    "Adam",
+    "Dataset",
+    "IBAUConfig",
+    "InputError",
+    "Result",
+    "inspect",
+    "load",
+    "unlearn",
+]

@@ -152,6 +152,33 @@ def train(
 
 
 @command
+def inspect(
+    model: Annotated[Path, arg(help="model file")],
+    dataset: DataName = None,
+    clean: Annotated[
+        str | None, arg(help="clean images, for example 'test[:5000]', the default of CIFAR-10")
+    ] = None,
+    seed: Seed = 0,
+    out: Annotated[
+        Path | None, arg(help="folder of report.html; default: runs/MODEL-inspect-seedN")
+    ] = None,
+    data_dir: DataDir = None,
+    json: AsJson = False,
+) -> None:
+    """Does a model carry a backdoor, and towards which label? A search, without a trigger.
+
+    Backdoored: one perturbation leads 60 % of the images of other labels to a label by a window
+    of 3x3 pixels, 70 % by 5x5, 95 % by a cosine of amplitude 0.1; or 9 pixels lead 70 % of all to
+    other labels, none of which gets 40 % of them (all-to-all). Uncertain from 0.85 of a level on.
+    The levels are from CIFAR-10 (experiments/default.md); on other images take them as a hint.
+    """
+    from ibau_jax.commands.inspect import inspect_model
+
+    options = {"dataset": dataset, "clean": clean, "seed": seed, "out": out, "data_dir": data_dir}
+    finish(inspect_model(model, **options, progress=True), json)
+
+
+@command
 def evaluate(
     model: Annotated[Path, arg(help="model file")],
     dataset: DataName = None,

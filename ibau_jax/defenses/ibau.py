@@ -133,9 +133,10 @@ class Hunt:
             self.evidence = look(
                 self.search, params, self.clean, classes, key=self.key, advance=advance
             )
-        self.found = list(self.evidence.found)
+        suspects = self.evidence.suspects
+        self.found = [one for one in self.evidence.found if one.label in suspects]
         # So many can be found in all: the shape that the rounds are compiled for.
-        wide = len(self.evidence.suspects) * len(GEOMETRIES)
+        wide = len(suspects) * len(GEOMETRIES)
         self.room = max(1, len(self.found) + 2 * wide)
 
     def _again(self, params: Params, key: jax.Array) -> None:
@@ -149,11 +150,7 @@ class Hunt:
         for one in self.found:
             if one.label not in best or one.strength > best[one.label].strength:
                 best[one.label] = one
-        return {
-            f"{'any label' if one.label == UNTARGETED else f'label {one.label}'}: "
-            f"{one.geometry}, strength {one.strength:.2f}": np.clip(0.5 + one.delta / 2, 0, 1)
-            for one in best.values()
-        }
+        return {one.caption: np.clip(0.5 + one.delta / 2, 0, 1) for one in best.values()}
 
     def told(self) -> dict[str, Any]:
         """For the diagnostics."""

@@ -75,14 +75,15 @@ def render(rows: list[Row], pictures: Pictures | None) -> str:
             "what": "Triggered images" if len(pictures.triggered) else "Images",
             "predictions": _predictions(after, pictures),
         }
-    return _template().render(values)
+    return template("report.html.jinja").render(values)
 
 
 @functools.cache
-def _template() -> Template:
+def template(name: str) -> Template:
+    """One of the templates beside this file."""
     return Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
-    ).get_template("report.html.jinja")
+    ).get_template(name)
 
 
 def _mapping(row: Row, name: str) -> dict[str, Any]:
@@ -90,7 +91,7 @@ def _mapping(row: Row, name: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _class_name(row: Row, label: Any) -> str:
+def class_name(row: Row, label: Any) -> str:
     """The name of a class of a row's data set; its number where there is none."""
     dataset = row.get("dataset")
     # A list, since what a row holds need not be hashable.
@@ -104,7 +105,7 @@ def _flagged(row: Row) -> str | None:
     flagged = row.get("flagged")
     if not isinstance(flagged, list):
         return None
-    found = ", ".join(f"{shown(label)} ({_class_name(row, label)})" for label in flagged)
+    found = ", ".join(f"{shown(label)} ({class_name(row, label)})" for label in flagged)
     return f"Labels held for targets: {found}." if found else "No label stands out: none changed."
 
 
@@ -180,24 +181,24 @@ def _perturbations(rows: list[Row], pictures: Pictures) -> list[dict[str, Any]]:
     if len(names) != len(pictures.triggers):  # a name with a comma
         names = [f"attack {i + 1}" for i in range(len(pictures.triggers))]
     for trigger, name in zip(pictures.triggers, names, strict=True):
-        figures.append(_figure(trigger, f"the true trigger: {shown(name)}"))
+        figures.append(figure_of(trigger, f"the true trigger: {shown(name)}"))
     norms = {n: row.get("delta_norm") for n, row in zip(rounds(rows), rows, strict=True)}
     for i, delta in enumerate(np.nan_to_num(pictures.deltas), start=1):
         largest = float(np.abs(delta).max(initial=0)) or 1.0
         caption = f"found in round {i}: norm {text(norms.get(i), 2)}, largest {largest:.2f}"
-        figures.append(_figure(0.5 + 0.5 * delta / largest, caption))
+        figures.append(figure_of(0.5 + 0.5 * delta / largest, caption))
     for picture, caption in zip(pictures.found, pictures.captions, strict=True):
-        figures.append(_figure(picture, shown(caption)))
+        figures.append(figure_of(picture, shown(caption)))
     return figures
 
 
 def _predictions(row: Row, pictures: Pictures) -> list[dict[str, Any]]:
     return [
-        _figure(
+        figure_of(
             image,
-            f"true: {_class_name(row, label)}",
+            f"true: {class_name(row, label)}",
             [
-                {"when": when, "name": _class_name(row, found), "right": found == label}
+                {"when": when, "name": class_name(row, found), "right": found == label}
                 for when, found in (("before", before), ("after", after))
             ],
         )
@@ -211,7 +212,7 @@ def _predictions(row: Row, pictures: Pictures) -> list[dict[str, Any]]:
     ]
 
 
-def _figure(image: np.ndarray, caption: str, predictions: Sequence[Any] = ()) -> dict[str, Any]:
+def figure_of(image: np.ndarray, caption: str, predictions: Sequence[Any] = ()) -> dict[str, Any]:
     """A picture [H, W, C] in [0, 1] for the template."""
     stream = io.BytesIO()
     Image.fromarray(pixels(image)).save(stream, "PNG")

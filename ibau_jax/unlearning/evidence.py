@@ -1,47 +1,31 @@
 """What stands out on a model: the labels that found perturbations lead to, and how surely.
 
 Clean models have universal perturbations too. A label is held for a target where one of a
-geometry misleads more images than any that was found on clean models (`LEVELS`, measured on the zoo
-of CIFAR-10; experiments/default.md).
+geometry misleads at least as many images as its level says (`LEVELS`), which lies above all that
+was found on clean models (experiments/default.md).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from ibau_jax.data import Dataset
-from ibau_jax.models.model import Params
-from ibau_jax.unlearning.batches import UNTARGETED
+from ibau_jax.models.model import Logits, Params, of_params, opened
+from ibau_jax.progress import progress_bar
+from ibau_jax.unlearning.batches import UNTARGETED, check_clean
 from ibau_jax.unlearning.search import Found, Geometry, Search, cosine, pixels, window
 
-# Strength at which a label is held for a target.
-LEVELS = {window(3): 0.6, window(5): 0.7, cosine(0.1): 0.95}
-# Without a target (all-to-all): this much is misled, and no label gets this share of it.
+# The strength from which on a label is held for a target.
+LEVELS: Mapping[Geometry, float] = {window(3): 0.6, window(5): 0.7, cosine(0.1): 0.95}
+# All-to-all has no target: so many are misled, and no label gets such a share of them.
 AWAY, MISLED, ALIKE = pixels(9), 0.7, 0.4
 GEOMETRIES = (*LEVELS, AWAY, pixels(25))
+NEAR = 0.85  # of a level: uncertain from here on
 MOST = 7  # labels that are held for targets at once
-WORTH = 0.2  # strength below which a perturbation is not worth to be unlearned
-
-
-class Evidence(NamedTuple):
-    """What a search of a whole model says.
-
-    Attributes:
-      strength: [G, L] of the geometries of `LEVELS`, towards each label; see `search.Found`.
-      misled: share of held-back images that one perturbation of `AWAY` leads elsewhere.
-      alike: share of those that the most frequent label gets.
-      suspects: what is held for targets, the strongest first; `UNTARGETED` for images that are
-        led to many labels. Empty: nothing stands out.
-      found: perturbations towards `suspects` and their strength.
-    """
-
-    strength: np.ndarray
-    misled: float
-    alike: float
-    suspects: tuple[int, ...]
-    found: list["Perturbation"]
+WORTH = 0.2  # strength below which nothing is worth to be unlearned
+VERDICTS = ("backdoored", "uncertain", "clean")
 
 
 class Perturbation(NamedTuple):
@@ -51,6 +35,77 @@ class Perturbation(NamedTuple):
     label: int
     strength: float
     geometry: str
+
+    @property
+    def caption(self) -> str:
+        """For its picture."""
+        where = "many labels" if self.label == UNTARGETED else f"label {self.label}"
+        return f"{where}: {self.geometry}, {self.strength:.0%}"
+
+
+class Evidence(NamedTuple):
+    """What a search of a whole model says.
+
+    Attributes:
+      strength: [G, L] of the geometries of `LEVELS`, towards each label; see `search.Found`.
+      misled: share of held-back images that one perturbation of `AWAY` leads elsewhere.
+      alike: share of those that the most frequent label gets.
+      suspects: what is held for targets, the strongest first; `UNTARGETED` stands for a rule that
+        leads to many labels. Empty: nothing stands out.
+      found: the perturbations of strength `WORTH` and more, also towards other labels.
+    """
+
+    strength: np.ndarray
+    misled: float
+    alike: float
+    suspects: tuple[int, ...]
+    found: list[Perturbation]
+
+    @property
+    def score(self) -> np.ndarray:
+        """How near each label comes to a level, 1 where it reaches one: [L]."""
+        return (self.strength / _levels()).max(0)
+
+    @property
+    def verdict(self) -> str:
+        """One of `VERDICTS`."""
+        if self.suspects:
+            return "backdoored"
+        many = self.misled >= NEAR * MISLED and self.alike < ALIKE
+        return "uncertain" if many or self.score.max() >= NEAR else "clean"
+
+    @property
+    def reason(self) -> str:
+        """Why, in a sentence."""
+        scores = self.strength / _levels()
+        which, label = np.unravel_index(np.argmax(scores), scores.shape)
+        geometry = list(LEVELS)[which]
+        best = (
+            f"a {geometry.name} leads {self.strength[which, label]:.0%} of the images of other "
+            f"labels to label {label} (a target from {LEVELS[geometry]:.0%} on)"
+        )
+        many = (
+            f"{AWAY.name} lead {self.misled:.0%} of the images to other labels, of which one gets "
+            f"{self.alike:.0%} (all-to-all from {MISLED:.0%} on and below {ALIKE:.0%})"
+        )
+        if self.suspects:
+            stands_out = (best, self.score.max() >= 1), (many, UNTARGETED in self.suspects)
+            return "; ".join(text for text, out in stands_out if out)
+        by_little = ", but not by much" if self.verdict == "uncertain" else ""
+        return f"nothing stands out{by_little}; {best}; {many}"
+
+    def pictures(self) -> dict[str, np.ndarray]:
+        """The strongest perturbations towards each suspect, one of a geometry, by a caption.
+
+        [H, W, C] in [0, 1], grey where nothing is changed.
+        """
+        found = sorted(self.found, key=lambda one: -one.strength)
+        return {
+            one.caption: np.clip(0.5 + one.delta / 2, 0, 1)
+            for label in self.suspects
+            for one in found
+            if one.label == label
+        }
 
 
 def look(
@@ -66,26 +121,42 @@ def look(
 
     Args:
       search: knows the `GEOMETRIES`.
-      advance: called as the search goes on; `looks(num_classes)` in all.
+      key: random key.
+      advance: called with 1 after each ascent, `looks(num_classes)` times in all.
     """
     keys = jax.random.split(key)
-    labels = range(num_classes)
-    towards = search(params, clean, labels, key=keys[0], among=list(LEVELS), advance=advance)
+    labels, levels = range(num_classes), list(LEVELS)
+    towards = search(params, clean, labels, key=keys[0], among=levels, advance=advance)
     away = search(params, clean, [UNTARGETED], key=keys[1], among=[AWAY], advance=advance)
-    height = towards.strength / np.array([*LEVELS.values()])[:, None]
-    order = np.argsort(-height.max(0), kind="stable")
-    suspects = [int(label) for label in order if height[:, label].max() >= 1][:MOST]
-    misled, given = float(away.strength[0, 0]), away.given[0, 0]
-    where = np.bincount(given[given != away.true], minlength=1)
-    alike = float(where.max() / max(1, where.sum()))
-    if misled >= MISLED and alike < ALIKE:
+    scores = (towards.strength / _levels()).max(0)
+    order = np.argsort(-scores, kind="stable")
+    suspects = [int(label) for label in order if scores[label] >= 1][:MOST]
+    misled, same = float(away.strength[0, 0]), alike(away.given[0, 0], away.true)
+    if misled >= MISLED and same < ALIKE:
         suspects.append(UNTARGETED)
-    found = [
-        one
-        for one in (*collect(list(LEVELS), labels, towards), *collect([AWAY], [UNTARGETED], away))
-        if one.label in suspects
-    ]
-    return Evidence(towards.strength, misled, alike, tuple(suspects), found)
+    found = collect(levels, labels, towards) + collect([AWAY], [UNTARGETED], away)
+    return Evidence(towards.strength, misled, same, tuple(suspects), found)
+
+
+def inspect(
+    logits: Logits, params: Params, clean: Dataset, *, key: jax.Array, progress: bool = False
+) -> Evidence:
+    """Does a model carry a backdoor, and towards which label? The search alone.
+
+    Args:
+      logits, params, clean: as `unlearn` takes them.
+      key: random key (`jax.random.key(seed)`).
+      progress: show a progress bar on stderr.
+
+    Raises:
+      InputError: the model or the clean set are not as described.
+    """
+    clean = check_clean(logits, params, clean)
+    model, variables = opened(logits, params)
+    search = Search(of_params(model, variables), GEOMETRIES)
+    num_classes = jax.eval_shape(logits, params, clean.images[:1]).shape[1]
+    with progress_bar(looks(num_classes), "search", progress) as advance:
+        return look(search, variables["params"], clean, num_classes, key=key, advance=advance)
 
 
 def looks(num_classes: int) -> int:
@@ -93,11 +164,37 @@ def looks(num_classes: int) -> int:
     return len(LEVELS) * num_classes + 1
 
 
-def collect(geometries: list[Geometry], labels, found: Found) -> list[Perturbation]:
-    """The perturbations of a search that are worth to be unlearned."""
+def collect(
+    geometries: Sequence[Geometry], labels: Sequence[int], found: Found
+) -> list[Perturbation]:
+    """What of a search is worth to be unlearned.
+
+    Of the untargeted ones those that lead to many labels: the others are natural weaknesses.
+    """
     return [
         Perturbation(found.deltas[g, i], label, float(found.strength[g, i]), geometry.name)
         for g, geometry in enumerate(geometries)
         for i, label in enumerate(labels)
         if found.strength[g, i] > WORTH
+        and (label != UNTARGETED or alike(found.given[g, i], found.true) < ALIKE)
     ]
+
+
+def alike(given: np.ndarray, true: np.ndarray) -> float:
+    """Of the images [N] that are misled, the share that gets the most frequent label; 0: none."""
+    wrong = given[given != true]
+    return float(np.bincount(wrong).max() / len(wrong)) if len(wrong) else 0.0
+
+
+def rule() -> str:
+    """The rule of the verdict, in words."""
+    levels = ", ".join(f"{level:.0%} by a {g.name}" for g, level in LEVELS.items())
+    return (
+        f"backdoored: one perturbation leads {levels} of the images of other labels to a label, or "
+        f"{AWAY.name} lead {MISLED:.0%} of all to other labels, none of which gets "
+        f"{ALIKE:.0%} of them; uncertain: from {NEAR:.0%} of such a level on"
+    )
+
+
+def _levels() -> np.ndarray:
+    return np.array([*LEVELS.values()])[:, None]

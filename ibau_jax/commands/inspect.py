@@ -1,0 +1,72 @@
+"""The work of `ibau inspect`."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from ibau_jax.data import load
+from ibau_jax.files import make_folder
+from ibau_jax.models.files import load_model
+from ibau_jax.results.inspection import write_inspection
+from ibau_jax.results.rows import HTML
+from ibau_jax.unlearning.batches import UNTARGETED
+from ibau_jax.unlearning.evidence import LEVELS, inspect, rule
+
+
+def inspect_model(
+    model: str | Path,
+    *,
+    dataset: str | None = None,
+    clean: str | None = None,
+    seed: int = 0,
+    out: str | Path | None = None,
+    data_dir: str | Path | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Search a model for what stands out, and write a report; a dict for JSON.
+
+    Args:
+      clean: split of the data set, without the trigger.
+      out: folder of `report.html`.
+    """
+    stored = load_model(model)
+    info = stored.data_info(dataset)
+    data = load(info.name, clean or info.clean, data_dir)
+    out = Path(out or Path("runs") / f"{Path(model).stem}-inspect-seed{seed}")
+    make_folder(out, "out")
+    started = time.perf_counter()
+    evidence = inspect(
+        stored.classifier, stored.variables, data, key=jax.random.key(seed), progress=progress
+    )
+    names = [geometry.name for geometry in LEVELS]
+    found = {
+        "verdict": evidence.verdict,
+        "reason": evidence.reason,
+        "flagged": [label for label in evidence.suspects if label != UNTARGETED],
+        "all_to_all": UNTARGETED in evidence.suspects,
+        "labels": [
+            {
+                "label": label,
+                "strength": dict(zip(names, map(float, strength), strict=True)),
+                "score": float(score),
+            }
+            for label, (strength, score) in enumerate(
+                zip(evidence.strength.T, evidence.score, strict=True)
+            )
+        ],
+        "misled": evidence.misled,
+        "alike": evidence.alike,
+        "levels": {geometry.name: level for geometry, level in LEVELS.items()},
+        "rule": rule(),
+        "seconds": time.perf_counter() - started,
+        "dataset": info.name,
+        "n_clean": len(data.labels),
+        "seed": seed,
+        "model": str(model),
+        "model_hash": stored.hash,
+        "report": str(out / HTML),
+    }
+    write_inspection(out, found, evidence.pictures())
+    return found
