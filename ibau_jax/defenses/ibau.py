@@ -59,7 +59,7 @@ def unlearn(job: Job) -> Rounds:
         state = devices.replicate(jax.jit(algorithm.init)(params, key))
         size = jax.jit(config.ball.size).lower(clean.images[0]).compile()
     rounds = config.rounds or 1
-    hunt = Hunt(job, clean, rounds) if config.searched else None
+    hunt = Hunt(job, clean, config, len(sizes)) if config.searched else None
     deltas: list[np.ndarray] = []
     row: dict[str, Any] = {}
     yield job.variables, row
@@ -71,10 +71,7 @@ def unlearn(job: Job) -> Rounds:
 
         for number in range(rounds):
             advance(0, note_of(row))
-            if hunt is None:
-                aims = (None,)
-            else:
-                aims = hunt.aims(number, devices.one(state.params))
+            aims = hunt.aims(number, devices.one(state.params)) if hunt else ()
             state, info = algorithm.round(state, batches, told, aims)
             devices.check_equal(state=state, delta=info.delta)
             delta, height, steps = jax.tree.map(np.asarray, devices.one(info))
@@ -96,34 +93,41 @@ def unlearn(job: Job) -> Rounds:
 class Hunt:
     """What is searched before the first round and in the middle of them, and what it gave."""
 
-    def __init__(self, job: Job, clean: Dataset, rounds: int):
+    def __init__(self, job: Job, clean: Dataset, config: IBAUConfig, num_batches: int):
         logits = of_params(job.model, job.variables)
-        self.job, self.clean, self.rounds = job, clean, rounds
+        self.job, self.clean, self.config, self.num_batches = job, clean, config, num_batches
+        self.rounds = config.rounds or 1
         self.search = Search(logits, GEOMETRIES, compiling=job.compiling)
         self.key = jax.random.fold_in(job.key, 1)  # not one of those that the rounds draw
         self.found: list[Perturbation] = []
         self.ascents = 0
 
     def aims(self, number: int, params: Params) -> list[Aim]:
-        """For the ascents of round `number` in turn."""
+        """For the ascents of round `number`."""
         if number == 0:
             self._look(params)
+        suspects = self.evidence.suspects or (UNTARGETED,)
         if number in (0, -(-self.rounds // 2)) and self.evidence.suspects:
             self._again(params, jax.random.fold_in(self.key, number + 1))
-        suspects = self.evidence.suspects or (UNTARGETED,)
         pool = np.zeros((self.room, *self.clean.images.shape[1:]), self.clean.images.dtype)
         labels = np.full(self.room, UNTARGETED, np.int32)
         for i, one in enumerate(self.found):
             pool[i], labels[i] = one.delta, one.label
-        pool, labels = self.job.devices.replicate((pool, labels))
-        size = len(self.found)
-        aims = [Aim(self._whole(s), pool, labels, self._whole(size)) for s in suspects]
-        # The next round goes on where this one ends.
-        first = number % len(aims)
-        return aims[first:] + aims[:first]
-
-    def _whole(self, value: int) -> jax.Array:
-        return self.job.devices.replicate(np.int32(value))
+        shared = self.job.devices.replicate((pool, labels, np.int32(len(self.found))))
+        # Each label is led to twice or more in all: what no delta led to stays (seven targets).
+        usual = len(self.config.schedule(self.num_batches))
+        count = min(self.num_batches, max(usual, -(-2 * len(suspects) // self.rounds)))
+        aims = []
+        for ascent in range(self.ascents, self.ascents + count):
+            label = suspects[ascent % len(suspects)]
+            starts = sorted(
+                (one for one in self.found if one.label == label), key=lambda one: -one.strength
+            )
+            zero = np.zeros_like(pool[0])
+            start = starts[ascent // len(suspects) % len(starts)].delta if starts else zero
+            aims.append(Aim(*self.job.devices.replicate((np.int32(label), start)), *shared))
+        self.ascents += count
+        return aims
 
     def _look(self, params: Params) -> None:
         classes = self.job.num_classes
@@ -142,7 +146,7 @@ class Hunt:
     def _again(self, params: Params, key: jax.Array) -> None:
         suspects = self.evidence.suspects
         found = self.search(params, self.clean, suspects, key=key)
-        self.found += collect(list(GEOMETRIES), suspects, found)
+        self.found += collect(GEOMETRIES, suspects, found)
 
     def pictures(self) -> dict[str, np.ndarray]:
         """The strongest perturbation towards each suspect, grey where it changes nothing."""

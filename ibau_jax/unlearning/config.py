@@ -207,8 +207,11 @@ class IBAUConfig:
         """The optimiser of the parameters over `steps` outer steps."""
         return transform(self.outer_optimizer, steps)
 
-    def schedule(self, num_batches: int) -> list[tuple[int, int]]:
-        """Ranges of outer batches in a round; an ascent comes before each."""
+    def schedule(self, num_batches: int, ascents: int = 0) -> list[tuple[int, int]]:
+        """Ranges of outer batches in a round, an ascent before each; or so many `ascents`."""
+        if ascents:
+            ends = [num_batches * i // ascents for i in range(ascents + 1)]
+            return [*zip(ends, ends[1:], strict=False)]
         stride = self.outer_steps or num_batches
         return [(i, min(i + stride, num_batches)) for i in range(0, num_batches, stride)]
 

@@ -9,9 +9,9 @@ What differs between the paper's text, the published code and our default is in 
 nowhere else. `defenses.ibau.unlearn` runs it.
 """
 
-import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import jax
@@ -71,8 +71,8 @@ class Algorithm(NamedTuple):
         None) on its last batch, before its final step.
       descend: `descend(state, delta, batches, index, aim) -> (state, Step)`: an outer step.
       round: `round(state, batches, told, aims) -> (state, Info)`: a pass over the clean batches;
-        `told(Step)` is called after each outer step. `aims`: for the ascents in turn what a search
-        said (see `Aim`); the paper's algorithm has None.
+        `told(Step)` is called after each outer step. `aims`: what a search said, for as many
+        ascents (see `Aim`); the paper's algorithm has none.
     """
 
     init: Callable[[Params, jax.Array], State]
@@ -133,6 +133,7 @@ def ibau(
             return delta, alpha_state, height
 
         delta = jnp.zeros(batches.images.shape[2:], batches.images.dtype)  # line 2
+        delta = delta if aim is None else C.project(aim.start)
         start = delta, alpha.init(delta), jnp.zeros((), delta.dtype)
         delta, _, height = lax.fori_loop(0, T, step, start)  # line 3
         return (C.project(delta) if config.project == "at-end" else delta), height
@@ -167,11 +168,11 @@ def ibau(
         state: State,
         batches: Batch,
         told: Callable[[Step], None] = lambda step: None,
-        aims: Sequence[Aim | None] = (None,),
+        aims: Sequence[Aim] = (),
     ) -> tuple[State, Info]:
         steps: list[Step] = []
-        ascents = config.schedule(num_batches)
-        for (first, end), aim in zip(ascents, itertools.cycle(aims), strict=False):  # line 1
+        ascents = config.schedule(num_batches, len(aims))
+        for (first, end), aim in zip_longest(ascents, aims):  # line 1
             delta, height = ascend(state.params, batches, first, aim)
             for index in range(first, end):
                 state, step = descend(state, delta, batches, index, aim)

@@ -23,12 +23,14 @@ class Aim(NamedTuple):
 
     Attributes:
       label: int32 scalar, where delta leads; `UNTARGETED`: away from the true labels.
+      start: [H, W, C], where the ascent of delta starts.
       pool: [K, H, W, C], perturbations that were found, the first `size` of them.
       labels: int32 [K], the label that each leads to, or `UNTARGETED`.
       size: int32 scalar, at most K.
     """
 
     label: Any
+    start: Any
     pool: Any
     labels: Any
     size: Any
