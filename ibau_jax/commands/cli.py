@@ -168,7 +168,7 @@ def inspect(
     """Does a model carry a backdoor, and towards which label? A search, without a trigger.
 
     Backdoored: one perturbation leads 60 % of the images of other labels to a label by a window
-    of 3x3 pixels, 70 % by 5x5, 95 % by a cosine of amplitude 0.1; or 9 pixels lead 70 % of all to
+    of 3x3 pixels, 70 % by 5x5, 85 % by a cosine of amplitude 0.07; or 9 pixels lead 70 % of all to
     other labels, none of which gets 40 % of them (all-to-all). Uncertain from 0.85 of a level on.
     The levels are from CIFAR-10 (experiments/default.md); on other images take them as a hint.
     """

@@ -151,7 +151,7 @@ def defend(
     told = dict(result.diagnostics)
     if first and told.get("note") not in (None, *notes):
         on_note(told["note"])
-    flagged = {"flagged": told.pop("flagged")} if "flagged" in told else {}
+    flagged = {name: told.pop(name) for name in ("flagged", "verdict", "reason") if name in told}
     for row in rows:
         row |= {"compile_seconds": result.compile_seconds, **flagged}
     if first:

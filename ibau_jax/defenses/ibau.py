@@ -8,20 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from ibau_jax.data import Dataset
+from ibau_jax.defenses.hunt import Hunt, roll_back
 from ibau_jax.defenses.method import method
 from ibau_jax.defenses.run import Job, Rounds, Told
 from ibau_jax.errors import InputError, first_line
 from ibau_jax.hypergradient import Direct, Report, needs_reverse_mode
 from ibau_jax.models.model import Logits, Params, of_params
-from ibau_jax.models.predict import probabilities
+from ibau_jax.models.predict import predict, probabilities
 from ibau_jax.progress import note_of
 from ibau_jax.training.optimizers import shown
-from ibau_jax.unlearning.batches import UNTARGETED, make_batches, resolve, shuffled
+from ibau_jax.unlearning.batches import make_batches, parted, resolve, shuffled
 from ibau_jax.unlearning.config import IBAUConfig
-from ibau_jax.unlearning.evidence import GEOMETRIES, Perturbation, collect, look, looks
 from ibau_jax.unlearning.ibau import Step, ibau
-from ibau_jax.unlearning.objective import Aim, cross_entropy
-from ibau_jax.unlearning.search import Search
+from ibau_jax.unlearning.objective import cross_entropy
 
 
 @method(IBAUConfig())
@@ -37,8 +36,11 @@ def unlearn(job: Job) -> Rounds:
     the model made it leave the route of its config.
 
     Where the config searches (`searched`), `flagged` are the labels that stand out, `found` the
-    strongest perturbations towards them, and the diagnostics have `misled` and `alike` of
-    `unlearning.evidence.Evidence` and `searched`, how many perturbations the rounds had.
+    strongest perturbations towards them. The diagnostics have `verdict` (`cleaned`, `was-clean`,
+    `not-cleaned`) and `reason`; `misled` and `alike` of `unlearning.evidence.Evidence`; `searched`,
+    how many perturbations the rounds had; `left`, how near a fresh search comes to a level in the
+    end; `kept`, the share of the way that was gone: as far as the accuracy on held-back images
+    allows. A row has `held_acc`, that accuracy.
     """
     devices, clean, key = job.devices, job.clean, job.key
     logits, params = of_params(job.model, job.variables), job.variables["params"]
@@ -49,6 +51,10 @@ def unlearn(job: Job) -> Rounds:
         "expected an outer_optimizer that the model bears, found "
         f"{shown(config.outer_optimizer)}; choose a smaller rate, or clip=1.0"
     )
+    given, held = params, None
+    if config.held_back and len(clean.labels) > 1:
+        held_key, key = jax.random.split(key)
+        held, clean = parted(clean, held_key, max(1, int(config.held_back * len(clean.labels))))
     if config.shuffle:
         order_key, key = jax.random.split(key)
         clean = shuffled(clean, order_key)
@@ -60,6 +66,11 @@ def unlearn(job: Job) -> Rounds:
         size = jax.jit(config.ball.size).lower(clean.images[0]).compile()
     rounds = config.rounds or 1
     hunt = Hunt(job, clean, config, len(sizes)) if config.searched else None
+    label, kept = predict(logits), 1.0
+
+    def accuracy(params: Params) -> float:
+        return float(np.mean(label(params, held.images) == held.labels)) if held else 1.0
+
     deltas: list[np.ndarray] = []
     row: dict[str, Any] = {}
     yield job.variables, row
@@ -82,89 +93,19 @@ def unlearn(job: Job) -> Rounds:
                 "outer_loss": float(np.mean([step.loss for step in steps])),
                 **_solves([step.report for step in steps]),
             }
-            yield {**job.variables, "params": devices.one(state.params)}, row
+            params = devices.one(state.params)
+            if held is not None:
+                row["held_acc"] = accuracy(params)
+            if hunt and held is not None and number == rounds - 1:
+                least = accuracy(given) - (config.budget if hunt.evidence.suspects else 0)
+                params, kept = roll_back(accuracy, given, params, least)
+            yield {**job.variables, "params": params}, row
         advance(0, note_of(row))
     diagnostics = {"route": config.route, "route_reason": why} if why else {}
     if hunt is None:
         return Told(deltas=np.stack(deltas), diagnostics=diagnostics)
-    return Told(np.stack(deltas), hunt.pictures(), {**diagnostics, **hunt.told()})
-
-
-class Hunt:
-    """What is searched before the first round and in the middle of them, and what it gave."""
-
-    def __init__(self, job: Job, clean: Dataset, config: IBAUConfig, num_batches: int):
-        logits = of_params(job.model, job.variables)
-        self.job, self.clean, self.config, self.num_batches = job, clean, config, num_batches
-        self.rounds = config.rounds or 1
-        self.search = Search(logits, GEOMETRIES, compiling=job.compiling)
-        self.key = jax.random.fold_in(job.key, 1)  # not one of those that the rounds draw
-        self.found: list[Perturbation] = []
-        self.ascents = 0
-
-    def aims(self, number: int, params: Params) -> list[Aim]:
-        """For the ascents of round `number`."""
-        if number == 0:
-            self._look(params)
-        suspects = self.evidence.suspects or (UNTARGETED,)
-        if number in (0, -(-self.rounds // 2)) and self.evidence.suspects:
-            self._again(params, jax.random.fold_in(self.key, number + 1))
-        pool = np.zeros((self.room, *self.clean.images.shape[1:]), self.clean.images.dtype)
-        labels = np.full(self.room, UNTARGETED, np.int32)
-        for i, one in enumerate(self.found):
-            pool[i], labels[i] = one.delta, one.label
-        shared = self.job.devices.replicate((pool, labels, np.int32(len(self.found))))
-        # Each label is led to twice or more in all: what no delta led to stays (seven targets).
-        usual = len(self.config.schedule(self.num_batches))
-        count = min(self.num_batches, max(usual, -(-2 * len(suspects) // self.rounds)))
-        aims = []
-        for ascent in range(self.ascents, self.ascents + count):
-            label = suspects[ascent % len(suspects)]
-            starts = sorted(
-                (one for one in self.found if one.label == label), key=lambda one: -one.strength
-            )
-            zero = np.zeros_like(pool[0])
-            start = starts[ascent // len(suspects) % len(starts)].delta if starts else zero
-            aims.append(Aim(*self.job.devices.replicate((np.int32(label), start)), *shared))
-        self.ascents += count
-        return aims
-
-    def _look(self, params: Params) -> None:
-        classes = self.job.num_classes
-        with self.job.compiling():
-            self.search.warm(params, self.clean)
-        with self.job.progress(looks(classes), "search") as advance:
-            self.evidence = look(
-                self.search, params, self.clean, classes, key=self.key, advance=advance
-            )
-        suspects = self.evidence.suspects
-        self.found = [one for one in self.evidence.found if one.label in suspects]
-        # So many can be found in all: the shape that the rounds are compiled for.
-        wide = len(suspects) * len(GEOMETRIES)
-        self.room = max(1, len(self.found) + 2 * wide)
-
-    def _again(self, params: Params, key: jax.Array) -> None:
-        suspects = self.evidence.suspects
-        found = self.search(params, self.clean, suspects, key=key)
-        self.found += collect(GEOMETRIES, suspects, found)
-
-    def pictures(self) -> dict[str, np.ndarray]:
-        """The strongest perturbation towards each suspect, grey where it changes nothing."""
-        best: dict[int, Perturbation] = {}
-        for one in self.found:
-            if one.label not in best or one.strength > best[one.label].strength:
-                best[one.label] = one
-        return {one.caption: np.clip(0.5 + one.delta / 2, 0, 1) for one in best.values()}
-
-    def told(self) -> dict[str, Any]:
-        """For the diagnostics."""
-        evidence = self.evidence
-        return {
-            "flagged": [s for s in evidence.suspects if s != UNTARGETED],
-            "misled": evidence.misled,
-            "alike": evidence.alike,
-            "searched": len(self.found),
-        }
+    diagnostics |= hunt.told(hunt.after(params), kept)
+    return Told(np.stack(deltas), hunt.pictures(), diagnostics)
 
 
 def choose_route(

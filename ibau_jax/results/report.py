@@ -55,6 +55,7 @@ def render(rows: list[Row], pictures: Pictures | None) -> str:
         "title": "{defense} on {dataset} ({attack})".format_map(told),
         "about": about,
         "flagged": _flagged(after),
+        "verdict": _verdict(after),
         "cards": _cards(before, after),
         "curve": _curve(rows),
         "table": _table(rows),
@@ -98,6 +99,13 @@ def class_name(row: Row, label: Any) -> str:
     names = DATASETS[dataset].class_names if dataset in list(DATASETS) else ()
     known = isinstance(label, int | np.integer) and 0 <= label < len(names)
     return names[label] if known else shown(label)
+
+
+def _verdict(row: Row) -> str | None:
+    """How a defense says that it ended, where it does."""
+    if "verdict" not in row:
+        return None
+    return f"{shown(row['verdict'])}: {shown(row.get('reason'))}."
 
 
 def _flagged(row: Row) -> str | None:

@@ -60,6 +60,9 @@ class IBAUConfig:
         and delta then leads to the labels that stand out in it; 0: nothing is searched.
       distilled: share of the outer loss that is against the given model's own probabilities for
         the clean image.
+      held_back: share of the clean set that nothing is trained on, to measure the accuracy.
+      budget: of the accuracy on it, what may be lost where something was found; of more, the way is
+        gone back. Where nothing stands out, none may.
       outer_optimizer: beta, of the parameters: any `Optimizer`, such as `Adam(1e-3)` or
         `optax.adamw(1e-3)`.
       hessian: batch of the inner loss in the hypergradient: `first` or the `same` as the outer.
@@ -88,6 +91,8 @@ class IBAUConfig:
     share: float = 0.05
     searched: float = 0.0
     distilled: float = 0.0
+    held_back: float = 0.0
+    budget: float = 0.05
     outer_optimizer: Optimizer = Adam(2e-3, schedule="cosine", clip=1.0)  # noqa: RUF009
     hessian: str = "same"
     hessian_images: int | None = 10
@@ -112,9 +117,11 @@ class IBAUConfig:
                 )
         if not 0 < self.share <= 1:
             raise InputError(f"share is {self.share}: expected a share of a batch in (0, 1]")
-        for name in ("searched", "distilled"):
+        for name in ("searched", "distilled", "budget"):
             if not 0 <= (value := getattr(self, name)) <= 1:
                 raise InputError(f"{name} is {value}: expected a share in [0, 1]")
+        if not 0 <= self.held_back <= 0.5:
+            raise InputError(f"held_back is {self.held_back}: expected a share in [0, 0.5]")
         if isinstance(self.microbatch, int) and self.microbatch < 1:
             raise InputError(f"microbatch is {self.microbatch}: expected at least 1, auto or None")
 
@@ -136,6 +143,7 @@ class IBAUConfig:
             outer_steps=25,
             searched=0.1,
             distilled=0.5,
+            held_back=0.1,
             outer_optimizer=Adam(1e-3, schedule="cosine", clip=1.0),
         )
 

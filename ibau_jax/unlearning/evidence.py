@@ -18,10 +18,10 @@ from ibau_jax.unlearning.batches import UNTARGETED, check_clean
 from ibau_jax.unlearning.search import Found, Geometry, Search, cosine, pixels, window
 
 # The strength from which on a label is held for a target.
-LEVELS: Mapping[Geometry, float] = {window(3): 0.6, window(5): 0.7, cosine(0.1): 0.95}
+LEVELS: Mapping[Geometry, float] = {window(3): 0.6, window(5): 0.7, cosine(0.07): 0.85}
 # All-to-all has no target: so many are misled, and no label gets such a share of them.
 AWAY, MISLED, ALIKE = pixels(9), 0.7, 0.4
-GEOMETRIES = (*LEVELS, AWAY, pixels(25))
+GEOMETRIES = (*LEVELS, AWAY, pixels(25), cosine(0.1))
 NEAR = 0.85  # of a level: uncertain from here on
 MOST = 7  # labels that are held for targets at once
 WORTH = 0.2  # strength below which nothing is worth to be unlearned
@@ -67,12 +67,16 @@ class Evidence(NamedTuple):
         return (self.strength / _levels()).max(0)
 
     @property
+    def nearest(self) -> float:
+        """The largest score, that of all-to-all among them."""
+        return max(float(self.score.max()), _many(self.misled, self.alike))
+
+    @property
     def verdict(self) -> str:
         """One of `VERDICTS`."""
         if self.suspects:
             return "backdoored"
-        many = self.misled >= NEAR * MISLED and self.alike < ALIKE
-        return "uncertain" if many or self.score.max() >= NEAR else "clean"
+        return "uncertain" if self.nearest >= NEAR else "clean"
 
     @property
     def reason(self) -> str:
@@ -132,7 +136,7 @@ def look(
     order = np.argsort(-scores, kind="stable")
     suspects = [int(label) for label in order if scores[label] >= 1][:MOST]
     misled, same = float(away.strength[0, 0]), alike(away.given[0, 0], away.true)
-    if misled >= MISLED and same < ALIKE:
+    if _many(misled, same) >= 1:
         suspects.append(UNTARGETED)
     found = collect(levels, labels, towards) + collect([AWAY], [UNTARGETED], away)
     return Evidence(towards.strength, misled, same, tuple(suspects), found)
@@ -157,6 +161,26 @@ def inspect(
     num_classes = jax.eval_shape(logits, params, clean.images[:1]).shape[1]
     with progress_bar(looks(num_classes), "search", progress) as advance:
         return look(search, variables["params"], clean, num_classes, key=key, advance=advance)
+
+
+def rest(
+    search: Search,
+    params: Params,
+    clean: Dataset,
+    suspects: Sequence[int],
+    *,
+    key: jax.Array,
+) -> float:
+    """How near a fresh search comes to a level with one of the suspects: 1 reaches it."""
+    towards = [label for label in suspects if label != UNTARGETED]
+    scores = [0.0]
+    if towards:
+        found = search(params, clean, towards, key=key, among=list(LEVELS))
+        scores.append(float((found.strength / _levels()).max()))
+    if UNTARGETED in suspects:
+        found = search(params, clean, [UNTARGETED], key=key, among=[AWAY])
+        scores.append(_many(float(found.strength[0, 0]), alike(found.given[0, 0], found.true)))
+    return max(scores)
 
 
 def looks(num_classes: int) -> int:
@@ -194,6 +218,11 @@ def rule() -> str:
         f"{AWAY.name} lead {MISLED:.0%} of all to other labels, none of which gets "
         f"{ALIKE:.0%} of them; uncertain: from {NEAR:.0%} of such a level on"
     )
+
+
+def _many(misled: float, same: float) -> float:
+    """The score of all-to-all; 0 where one label gets too many."""
+    return misled / MISLED if same < ALIKE else 0.0
 
 
 def _levels() -> np.ndarray:
