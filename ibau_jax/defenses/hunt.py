@@ -24,7 +24,7 @@ from ibau_jax.unlearning.evidence import (
     rest,
 )
 from ibau_jax.unlearning.objective import Aim
-from ibau_jax.unlearning.search import Search
+from ibau_jax.unlearning.search import Search, rule_of
 
 
 class Hunt:
@@ -47,10 +47,10 @@ class Hunt:
         if number in (0, -(-self.rounds // 2)) and self.evidence.suspects:
             self._again(params, jax.random.fold_in(self.key, number + 1))
         pool = np.zeros((self.room, *self.clean.images.shape[1:]), self.clean.images.dtype)
-        labels = np.full(self.room, UNTARGETED, np.int32)
+        rules = np.full((self.room, self.job.num_classes), UNTARGETED, np.int32)
         for i, one in enumerate(self.found):
-            pool[i], labels[i] = one.delta, one.label
-        shared = self.job.devices.replicate((pool, labels, np.int32(len(self.found))))
+            pool[i], rules[i] = one.delta, self._rule(one.label)
+        shared = self.job.devices.replicate((pool, rules, np.int32(len(self.found))))
         # Each label is led to twice or more in all: what no delta led to stays (seven targets).
         usual = len(self.config.schedule(self.num_batches))
         count = min(self.num_batches, max(usual, -(-2 * len(suspects) // self.rounds)))
@@ -62,7 +62,7 @@ class Hunt:
             )
             zero = np.zeros_like(pool[0])
             start = starts[ascent // len(suspects) % len(starts)].delta if starts else zero
-            aims.append(Aim(*self.job.devices.replicate((np.int32(label), start)), *shared))
+            aims.append(Aim(*self.job.devices.replicate((self._rule(label), start)), *shared))
         self.ascents += count
         return aims
 
@@ -82,8 +82,14 @@ class Hunt:
 
     def _again(self, params: Params, key: jax.Array) -> None:
         suspects = self.evidence.suspects
-        found = self.search(params, self.clean, suspects, key=key)
+        found = self.search(params, self.clean, [*map(self._rule, suspects)], key=key)
         self.found += collect(GEOMETRIES, suspects, found)
+
+    def _rule(self, suspect: int) -> np.ndarray:
+        """Where the images of each class are led: all to one label, or as all-to-all was read."""
+        if suspect == UNTARGETED and self.evidence.suspects:
+            return self.evidence.rule
+        return np.array(rule_of(suspect, self.job.num_classes))
 
     def after(self, params: Params) -> float:
         """How near a fresh search comes to a level with a suspect; see `Evidence.score`."""

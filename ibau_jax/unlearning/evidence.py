@@ -52,6 +52,8 @@ class Evidence(NamedTuple):
       alike: share of those that the most frequent label gets.
       suspects: what is held for targets, the strongest first; `UNTARGETED` stands for a rule that
         leads to many labels. Empty: nothing stands out.
+      rule: int32 [L], the label that the perturbation of `AWAY` gives most of the images of each
+        class that it misleads; `UNTARGETED` where it misleads none.
       found: the perturbations of strength `WORTH` and more, also towards other labels.
     """
 
@@ -59,6 +61,7 @@ class Evidence(NamedTuple):
     misled: float
     alike: float
     suspects: tuple[int, ...]
+    rule: np.ndarray
     found: list[Perturbation]
 
     @property
@@ -139,7 +142,8 @@ def look(
     if _many(misled, same) >= 1:
         suspects.append(UNTARGETED)
     found = collect(levels, labels, towards) + collect([AWAY], [UNTARGETED], away)
-    return Evidence(towards.strength, misled, same, tuple(suspects), found)
+    leads = read_rule(away.given[0, 0], away.true, num_classes)
+    return Evidence(towards.strength, misled, same, tuple(suspects), leads, found)
 
 
 def inspect(
@@ -208,6 +212,14 @@ def alike(given: np.ndarray, true: np.ndarray) -> float:
     """Of the images [N] that are misled, the share that gets the most frequent label; 0: none."""
     wrong = given[given != true]
     return float(np.bincount(wrong).max() / len(wrong)) if len(wrong) else 0.0
+
+
+def read_rule(given: np.ndarray, true: np.ndarray, num_classes: int) -> np.ndarray:
+    """The label rule of all-to-all, read from labels before and after; see `Evidence`."""
+    counts = np.zeros((num_classes, num_classes), int)
+    np.add.at(counts, (true, given), 1)
+    np.fill_diagonal(counts, 0)
+    return np.where(counts.any(1), counts.argmax(1), UNTARGETED).astype(np.int32)
 
 
 def rule() -> str:

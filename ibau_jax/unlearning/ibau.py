@@ -123,7 +123,7 @@ def ibau(
         def step(t, carry):
             delta, alpha_state, _ = carry
             batch = pick(batches, (first + t) % num_batches)
-            batch = batch if aim is None else aimed(batch, aim.label)
+            batch = batch if aim is None else aimed(batch, aim.rule)
             value, slope = jax.value_and_grad(inner)(delta, params, batch)
             height = config.penalty * jnp.sum(delta**2) - value  # H, at the delta it belongs to
             move, alpha_state = alpha.update(slope, alpha_state, delta)
@@ -150,7 +150,7 @@ def ibau(
             batch = spread(subkey, batch, aim, config, axis)
         few = pick(batches, 0) if config.hessian == "first" else batch
         few = first_rows(few, config.hessian_images, config.rows_multiple, axis)
-        few = few if aim is None else aimed(few, aim.label)
+        few = few if aim is None else aimed(few, aim.rule)
         value, gradient, report = implicit(  # line 7
             lambda delta, params: H(delta, params, batch),
             lambda delta, params: inner(delta, params, few),

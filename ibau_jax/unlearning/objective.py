@@ -22,17 +22,17 @@ class Aim(NamedTuple):
     """What a search said is to be unlearned.
 
     Attributes:
-      label: int32 scalar, where delta leads; `UNTARGETED`: away from the true labels.
+      rule: int32 [num_classes], where delta leads the images of each class; `UNTARGETED`: away.
       start: [H, W, C], where the ascent of delta starts.
       pool: [K, H, W, C], perturbations that were found, the first `size` of them.
-      labels: int32 [K], the label that each leads to, or `UNTARGETED`.
+      rules: int32 [K, num_classes], of each the rule.
       size: int32 scalar, at most K.
     """
 
-    label: Any
+    rule: Any
     start: Any
     pool: Any
-    labels: Any
+    rules: Any
     size: Any
 
 
@@ -109,9 +109,9 @@ def make_leading(logits: Logits, config: IBAUConfig, axis: str | None = None):
     )
 
 
-def aimed(batch: Batch, label: Any) -> Batch:
-    """A batch all of which is led to `label`."""
-    return batch._replace(towards=jnp.full(batch.labels.shape, label, jnp.int32))
+def aimed(batch: Batch, rule: jax.Array) -> Batch:
+    """A batch all of which is led where `rule` says."""
+    return batch._replace(towards=rule[batch.labels])
 
 
 def spread(
@@ -136,11 +136,11 @@ def spread(
     moves = jax.random.randint(keys[2], (every, 2), 0, jnp.array([height, width]))[mine]
     moves = jnp.where(jax.random.bernoulli(keys[3], 0.5, (every, 1))[mine], moves, 0)
     added = jax.vmap(lambda one, move: jnp.roll(one, move, (0, 1)))(aim.pool[which], moves)
-    towards = jnp.where(carries, aim.labels[which], UNTARGETED)
+    towards = jnp.where(carries, aim.rules[which, batch.labels], UNTARGETED)
     return batch._replace(
         patched=first,
         added=jnp.where(carries[:, None, None, None], added, 0),
-        towards=jnp.where(first > 0, aim.label, towards).astype(jnp.int32),
+        towards=jnp.where(first > 0, aim.rule[batch.labels], towards),
     )
 
 

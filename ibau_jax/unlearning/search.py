@@ -30,6 +30,8 @@ from ibau_jax.models.predict import predict
 from ibau_jax.unlearning.batches import UNTARGETED, shuffled, suits_loops
 from ibau_jax.unlearning.objective import clip_images, not_that_label
 
+Label = int | np.ndarray
+
 
 class Geometry(NamedTuple):
     """A set of perturbations.
@@ -158,15 +160,17 @@ class Search:
         self,
         params: Params,
         clean: Dataset,
-        labels: Sequence[int],
+        labels: Sequence[Label],
         *,
         key: jax.Array,
         among: Sequence[Geometry] | None = None,
         advance: Callable[[int], None] = lambda count: None,
     ) -> Found:
-        """Search towards each of `labels` (0 .. classes - 1, or `UNTARGETED`).
+        """Search towards each of `labels`.
 
         Args:
+          labels: each 0 .. classes - 1, or `UNTARGETED`, or a rule: an int array [classes] of such,
+            for the images of each class (all-to-all).
           clean: correctly labelled images [N, H, W, C] in [0, 1]; half of them, but at most 200,
             are held back to measure the strength.
           key: random key; decides the images and the starts.
@@ -180,7 +184,8 @@ class Search:
         images, true = shuffled(clean, order)
         kept = kept_of(count)
         held, held_true, images, true = images[:kept], true[:kept], images[kept:], true[kept:]
-        few = images[: self.few], true[: self.few]
+        rules = np.array([rule_of(label, self._classes(params, images)) for label in labels])
+        few = images[: self.few], true[: self.few], rules[:, true[: self.few]]
         size = min(self.batch, len(true))
         batches = min(5, len(true) // size)
         stack = [a[: batches * size].reshape(batches, size, *a.shape[1:]) for a in (images, true)]
@@ -193,17 +198,17 @@ class Search:
         for geometry in among:
             number = names.index(geometry.name)
             drawn = self._starts(geometry, jax.random.fold_in(key, number), images)
-            which = np.asarray(labels, np.int32)
-            heights = np.asarray(self._run(self._look_at, params, drawn, *few, which))
-            for best, label in zip(heights.argmax(0), which, strict=True):
-                args = *stack, label, np.int32(number), drawn[best]
+            heights = np.asarray(self._run(self._look_at, params, drawn, *few))
+            for best, rule in zip(heights.argmax(0), rules, strict=True):
+                args = *stack, rule[stack[1]], np.int32(number), drawn[best]
                 delta = np.asarray(self._run(ascend, params, *args))
                 deltas.append(delta)
                 given.append(self._label(params, np.clip(held + delta, 0, 1)))
                 advance(1)
         shape = len(among), len(labels)
         found = np.asarray(given, np.int32).reshape(*shape, kept)
-        strength = [[share(g, held_true, t) for g, t in zip(r, labels, strict=True)] for r in found]
+        wanted = rules[:, held_true]
+        strength = [[share(g, held_true, t) for g, t in zip(r, wanted, strict=True)] for r in found]
         arrays = np.asarray(deltas).reshape(*shape, *images.shape[1:])
         return Found(arrays, np.asarray(strength), found, np.asarray(held_true, np.int32))
 
@@ -227,30 +232,33 @@ class Search:
             return jnp.zeros((1, *shape), images.dtype)
         return geometry.draw(key, self.starts, shape).astype(images.dtype)
 
-    def _look_at(self, params, drawn, images, true, labels):
-        """How well each start does towards each label: [starts, labels]."""
+    def _classes(self, params: Params, images: np.ndarray) -> int:
+        return jax.eval_shape(self.logits, params, images[:1]).shape[1]
+
+    def _look_at(self, params, drawn, images, true, towards):
+        """How well each start does towards each rule, `towards` [rules, N]: [starts, rules]."""
 
         def one(delta):
             found = self.logits(params, clip_images(images + delta))
-            return jax.vmap(lambda label: jnp.sum(height(found, true, label)))(labels)
+            return jax.vmap(lambda label: jnp.sum(height(found, true, label)))(towards)
 
         return lax.map(one, drawn)
 
-    def _ascend(self, params, images, true, label, which, start, *, rows):
+    def _ascend(self, params, images, true, towards, which, start, *, rows):
         """Frank-Wolfe from `start`, over batches [S, B, ...] in turn; the better of both ends."""
         vertices = [geometry.vertex for geometry in self.geometries]
 
         def vertex(direction):
             return lax.switch(which, vertices, direction)
 
-        def loss(delta, images, true):
+        def loss(delta, images, true, towards):
             moved = images + delta
             # What is clipped keeps its gradient, or a saturated pixel could never be left.
             moved = moved + lax.stop_gradient(clip_images(moved) - moved)
-            return jnp.sum(height(self.logits(params, moved), true, label))
+            return jnp.sum(height(self.logits(params, moved), true, towards))
 
         def over(function, delta, index):
-            batch = images[index], true[index]
+            batch = images[index], true[index], towards[index]
             return accumulate(lambda part: function(delta, *part), batch, rows)
 
         def step(t, carry):
@@ -266,11 +274,14 @@ class Search:
 def height(logits: jax.Array, true: jax.Array, label: Any) -> jax.Array:
     """What a search ascends, for each image [N]: log p(label), or log(1 - p(true)) untargeted.
 
+    `label`: one, or one for each image.
+
     Both have a gradient where the model is certain, as the cross-entropy of the true label has not.
     Images of the label itself count nothing.
     """
-    log_p = jnp.take(jax.nn.log_softmax(logits), jnp.maximum(label, 0), axis=1)
-    towards = jnp.where(true == label, 0.0, log_p)
+    label = jnp.broadcast_to(label, true.shape)
+    log_p = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.maximum(label, 0)[:, None], axis=1)
+    towards = jnp.where(true == label, 0.0, log_p[:, 0])
     return jnp.where(label == UNTARGETED, -not_that_label(logits, true), towards)
 
 
@@ -279,9 +290,17 @@ def kept_of(count: int) -> int:
     return min(200, count // 2)
 
 
-def share(given: np.ndarray, true: np.ndarray, label: int) -> float:
-    """The strength of a perturbation; see `Found`. 0 where no image counts."""
-    hit = given != true if label == UNTARGETED else (given == label)[true != label]
+def rule_of(label: Label, num_classes: int) -> np.ndarray:
+    """For the images of each class the label that they are led to: int32 [num_classes]."""
+    return np.broadcast_to(np.asarray(label, np.int32), (num_classes,))
+
+
+def share(given: np.ndarray, true: np.ndarray, label: Label) -> float:
+    """The strength of a perturbation; see `Found`. 0 where no image counts.
+
+    `label`: one, or one for each image.
+    """
+    hit = np.where(np.equal(label, UNTARGETED), given != true, given == label)[true != label]
     return float(hit.mean()) if len(hit) else 0.0
 
 

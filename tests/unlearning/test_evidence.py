@@ -18,6 +18,7 @@ from ibau_jax.unlearning.evidence import (
     alike,
     collect,
     looks,
+    read_rule,
     rule,
 )
 from ibau_jax.unlearning.search import Found
@@ -30,7 +31,7 @@ def evidence(strength=0.0, misled=0.0, same=1.0, suspects=()):
     table = np.zeros((len(LEVELS), 4))
     table[0, 2] = strength
     found = [Perturbation(DELTA, 2, s, g.name) for s, g in zip((0.5, 0.9), LEVELS, strict=False)]
-    return Evidence(table, misled, same, suspects, found)
+    return Evidence(table, misled, same, suspects, np.zeros(4, np.int32), found)
 
 
 @pytest.mark.parametrize(
@@ -61,6 +62,12 @@ def test_alike():
     true = np.array([0, 0, 0, 1, 2])
     assert alike(true, true) == 0
     assert alike(np.array([1, 1, 2, 1, 0]), true) == 0.5
+
+
+def test_the_rule_of_all_to_all_is_read():
+    true = np.array([0, 0, 0, 1, 1, 2])
+    given = np.array([1, 1, 2, 2, 1, 2])
+    np.testing.assert_array_equal(read_rule(given, true, 4), [1, 2, UNTARGETED, UNTARGETED])
 
 
 def test_an_untargeted_perturbation_that_leads_to_one_label_is_left_out():

@@ -17,6 +17,7 @@ from ibau_jax.unlearning.search import (
     cosine,
     height,
     pixels,
+    rule_of,
     share,
     sphere,
     window,
@@ -143,6 +144,18 @@ def test_float64(x64):
     search = Search(hidden, (window(2), sphere(1)), starts=400, steps=2)
     found = search(jnp.float64(10), data, [1, UNTARGETED], key=KEY)
     assert found.deltas.dtype == np.float64 and found.strength[0, 0] == 1
+
+
+def test_a_rule_leads_each_class_elsewhere():
+    """Class 0 to label 1; class 2 to its own, so that it does not count."""
+    data = Dataset(np.full((20, 8, 8, 1), 0.5, np.float32), np.arange(20, dtype=np.int32) % 2 * 2)
+    search = Search(hidden, (window(2),), starts=200)
+    found = search(jnp.float32(10), data, [np.array([1, 0, 2]), np.array([2, 0, 1])], key=KEY)
+    np.testing.assert_array_equal(found.strength, [[1, 0]])  # nothing leads class 0 to label 2
+    np.testing.assert_array_equal(found.given[0, 0], np.ones(10))
+    np.testing.assert_array_equal(rule_of(2, 3), [2, 2, 2])
+    given, true, wanted = np.array([1, 1, 0, 2]), np.array([1, 0, 0, 1]), np.array([2, 1, 1, -1])
+    assert share(given, true, wanted) == 0.5
 
 
 def test_few_images():
