@@ -60,8 +60,10 @@ class Hunt:
             starts = sorted(
                 (one for one in self.found if one.label == label), key=lambda one: -one.strength
             )
-            zero = np.zeros_like(pool[0])
-            start = starts[ascent // len(suspects) % len(starts)].delta if starts else zero
+            # In turn from zero and from what was found: each finds what the other misses (the
+            # corner patch of BadNets the former, the trigger of `smooth` the latter).
+            turn, from_found = divmod(ascent // len(suspects), 2)
+            start = starts[turn % len(starts)].delta if from_found and starts else 0 * pool[0]
             aims.append(Aim(*self.job.devices.replicate((self._rule(label), start)), *shared))
         self.ascents += count
         return aims

@@ -50,8 +50,8 @@ class Evidence(NamedTuple):
       strength: [G, L] of the geometries of `LEVELS`, towards each label; see `search.Found`.
       misled: share of held-back images that one perturbation of `AWAY` leads elsewhere.
       alike: share of those that the most frequent label gets.
-      suspects: what is held for targets, the strongest first; `UNTARGETED` stands for a rule that
-        leads to many labels. Empty: nothing stands out.
+      suspects: what is held for targets, the strongest first; `UNTARGETED` alone stands for a rule
+        that leads to many labels. Empty: nothing stands out.
       rule: int32 [L], the label that the perturbation of `AWAY` gives most of the images of each
         class that it misleads; `UNTARGETED` where it misleads none.
       found: the perturbations of strength `WORTH` and more, also towards other labels.
@@ -96,8 +96,7 @@ class Evidence(NamedTuple):
             f"{self.alike:.0%} (all-to-all from {MISLED:.0%} on and below {ALIKE:.0%})"
         )
         if self.suspects:
-            stands_out = (best, self.score.max() >= 1), (many, UNTARGETED in self.suspects)
-            return "; ".join(text for text, out in stands_out if out)
+            return many if UNTARGETED in self.suspects else best
         by_little = ", but not by much" if self.verdict == "uncertain" else ""
         return f"nothing stands out{by_little}; {best}; {many}"
 
@@ -140,7 +139,7 @@ def look(
     suspects = [int(label) for label in order if scores[label] >= 1][:MOST]
     misled, same = float(away.strength[0, 0]), alike(away.given[0, 0], away.true)
     if _many(misled, same) >= 1:
-        suspects.append(UNTARGETED)
+        suspects = [UNTARGETED]  # and what leads to one label is part of it, or a weakness
     found = collect(levels, labels, towards) + collect([AWAY], [UNTARGETED], away)
     leads = read_rule(away.given[0, 0], away.true, num_classes)
     return Evidence(towards.strength, misled, same, tuple(suspects), leads, found)

@@ -185,7 +185,7 @@ class Search:
         kept = kept_of(count)
         held, held_true, images, true = images[:kept], true[:kept], images[kept:], true[kept:]
         rules = np.array([rule_of(label, self._classes(params, images)) for label in labels])
-        few = images[: self.few], true[: self.few], rules[:, true[: self.few]]
+        few, few_true = images[: self.few], true[: self.few]
         size = min(self.batch, len(true))
         batches = min(5, len(true) // size)
         stack = [a[: batches * size].reshape(batches, size, *a.shape[1:]) for a in (images, true)]
@@ -198,8 +198,9 @@ class Search:
         for geometry in among:
             number = names.index(geometry.name)
             drawn = self._starts(geometry, jax.random.fold_in(key, number), images)
-            heights = np.asarray(self._run(self._look_at, params, drawn, *few))
-            for best, rule in zip(heights.argmax(0), rules, strict=True):
+            seen = self._run(self._look_at, params, drawn, few)
+            for rule in rules:
+                best = _heights(seen, few_true, rule[few_true]).argmax()
                 args = *stack, rule[stack[1]], np.int32(number), drawn[best]
                 delta = np.asarray(self._run(ascend, params, *args))
                 deltas.append(delta)
@@ -235,14 +236,9 @@ class Search:
     def _classes(self, params: Params, images: np.ndarray) -> int:
         return jax.eval_shape(self.logits, params, images[:1]).shape[1]
 
-    def _look_at(self, params, drawn, images, true, towards):
-        """How well each start does towards each rule, `towards` [rules, N]: [starts, rules]."""
-
-        def one(delta):
-            found = self.logits(params, clip_images(images + delta))
-            return jax.vmap(lambda label: jnp.sum(height(found, true, label)))(towards)
-
-        return lax.map(one, drawn)
+    def _look_at(self, params, drawn, images):
+        """The logits of images under each start: [starts, N, classes]."""
+        return lax.map(lambda delta: self.logits(params, clip_images(images + delta)), drawn)
 
     def _ascend(self, params, images, true, towards, which, start, *, rows):
         """Frank-Wolfe from `start`, over batches [S, B, ...] in turn; the better of both ends."""
@@ -288,6 +284,13 @@ def height(logits: jax.Array, true: jax.Array, label: Any) -> jax.Array:
 def kept_of(count: int) -> int:
     """How many of `count` images are held back to measure the strength."""
     return min(200, count // 2)
+
+
+def _heights(logits: jax.Array, true: np.ndarray, towards: np.ndarray) -> np.ndarray:
+    """How well each start does: logits [starts, N, classes] -> [starts]."""
+    flat = logits.reshape(-1, logits.shape[-1])
+    each = height(flat, *(jnp.asarray(np.tile(a, len(logits))) for a in (true, towards)))
+    return np.asarray(each).reshape(len(logits), -1).sum(1)
 
 
 def rule_of(label: Label, num_classes: int) -> np.ndarray:

@@ -1,0 +1,98 @@
+"""The preset `targeted`: what it searches for, how far it goes, and what it says in the end."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+
+import jax
+import numpy as np
+import optax
+import pytest
+from conftest import MODEL, SQUARE, clean, measure, on_devices, small_model
+
+from ibau_jax import Dataset, IBAUConfig, InputError, unlearn
+from ibau_jax.defenses import hunt
+from ibau_jax.defenses.hunt import roll_back
+from ibau_jax.devices.mesh import devices
+from ibau_jax.unlearning.batches import UNTARGETED
+from ibau_jax.unlearning.search import Search
+
+KEY = jax.random.key(0)
+QUICK = replace(IBAUConfig.targeted(), rounds=6, batch_size=40, inner_steps=5, microbatch=None)
+
+
+@pytest.fixture(autouse=True)
+def short_searches(monkeypatch):
+    shorten(monkeypatch.setattr)
+
+
+def shorten(change):
+    change(hunt, "Search", partial(Search, starts=60, steps=3, few=5))
+
+
+@pytest.mark.parametrize(("least", "share"), [(0.2, 1.0), (0.75, 0.5), (2.0, 0.0)])
+def test_roll_back_goes_as_far_as_it_may(least, share):
+    given, params = {"w": np.ones(3)}, {"w": np.full(3, 0.5)}
+    kept, found = roll_back(lambda p: float(p["w"].mean()), given, params, least)
+    assert found == share
+    np.testing.assert_allclose(kept["w"], 1 - 0.5 * share)
+
+
+def test_it_removes_a_backdoor_and_says_so():
+    found = unlearn(MODEL, small_model(0, True), clean(), config=QUICK, key=KEY)
+    before, after = measure(small_model(0, True)), measure(found.params)
+    told = found.diagnostics
+    assert before["asr_excl"] > 0.9 and after["asr_excl"] < 0.2
+    assert after["acc"] > before["acc"] - 0.05
+    assert SQUARE.target in told["flagged"] and told["searched"] > 0
+    assert told["verdict"] == "cleaned" and "now a fresh search" in told["reason"]
+    assert any(name.startswith(f"label {SQUARE.target}: ") for name in found.found)
+    assert len(found.history) == 6 and 0.8 < found.history[-1]["held_acc"] <= 1
+
+
+def test_a_budget_of_nothing_goes_back():
+    """With a rate that destroys the model hardly anything of the way is gone."""
+    wild = replace(QUICK, outer_optimizer=optax.adam(0.1), budget=0.0)
+    found = unlearn(MODEL, small_model(0, True), clean(), config=wild, key=KEY)
+    assert found.diagnostics["kept"] <= 0.3
+    assert "of the way was gone" in found.diagnostics["reason"]
+    assert measure(found.params)["acc"] > measure(small_model(0, True))["acc"] - 0.1
+
+
+def test_few_images():
+    data = clean()
+    few = Dataset(data.images[:12], data.labels[:12])
+    found = unlearn(MODEL, small_model(0, True), few, config=replace(QUICK, rounds=1), key=KEY)
+    assert np.isfinite(found.history[0]["outer_loss"]) and "verdict" in found.diagnostics
+
+
+def test_shares_are_checked():
+    for name, value in (("searched", 1.5), ("distilled", -0.1), ("held_back", 0.9)):
+        with pytest.raises(InputError, match=f"{name} is {value}"):
+            replace(QUICK, **{name: value})
+
+
+def test_many_devices_are_as_one():
+    done = subprocess.run(
+        [sys.executable, __file__], env=on_devices(4), capture_output=True, text=True
+    )
+    assert not done.returncode, done.stderr
+
+
+def on_many_devices():
+    """Run in a process of its own: the same on 1 device and on 4 but for rounding."""
+    shorten(setattr)
+    params, data = small_model(0, True), clean()
+    data = Dataset(data.images[:60], data.labels[:60])
+    config = replace(QUICK, rounds=1, batch_size=18)
+    one, four = (
+        unlearn(MODEL, params, data, config=config, key=KEY, devices=devices(n)) for n in (1, 4)
+    )
+    for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(four.params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+    assert one.diagnostics["flagged"] == four.diagnostics["flagged"] != [UNTARGETED]
+
+
+if __name__ == "__main__":
+    on_many_devices()
