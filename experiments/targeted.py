@@ -1,0 +1,109 @@
+"""The preset `targeted` on models of the zoo that the choice may see.
+
+    python experiments/targeted.py run [--models cifar10-l0] [--seeds 0 1] [--change searched=0.2]
+    python experiments/targeted.py table
+
+Evaluated on test[5000:7000] (these rows choose; they are no result). Needs CIFAR-10
+(TFDS_DATA_DIR).
+Rows go to `experiments/results/targeted.jsonl` as they come; what is there already is left out.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tyro
+from published_models import read
+
+from ibau_jax import IBAUConfig, load, unlearn
+from ibau_jax.models.files import load_model
+from ibau_jax.models.model import evaluation_logits
+from ibau_jax.results.metrics import evaluator
+from ibau_jax.results.rows import write_rows
+from ibau_jax.training.optimizers import Adam
+
+RESULTS = Path(__file__).parent / "results" / "targeted.jsonl"
+ZOO = Path(__file__).parent / "zoo"
+MODELS = tuple(sorted(path.stem for path in ZOO.glob("cifar10-*.safetensors")))
+
+
+@dataclass
+class Run:
+    """Which cells."""
+
+    models: tuple[str, ...] = MODELS
+    seeds: tuple[int, ...] = (0,)
+    change: tuple[str, ...] = ()
+    """Settings that are not those of the preset, as name=value; `rate` is the outer one."""
+    images: int = 5000
+    """Of the clean set."""
+    out: Path = RESULTS
+
+
+def run(grid: Run) -> None:
+    """Fill the grid."""
+    changes = " ".join(sorted(grid.change))
+    for cell in [(name, seed, changes, grid.images) for seed in grid.seeds for name in grid.models]:
+        done = read(grid.out)
+        keys = ("model", "seed", "changes", "images")
+        if any(tuple(row[k] for k in keys) == cell for row in done):
+            continue
+        row = one(*cell)
+        write_rows(grid.out, [*read(grid.out), row])
+        print(*row.values(), flush=True)
+
+
+def changed(changes: str) -> IBAUConfig:
+    """The preset with the settings of `changes`."""
+    config = IBAUConfig.targeted()
+    for name, value in (change.split("=") for change in changes.split()):
+        if name == "rate":
+            outer = Adam(float(value), schedule="cosine", clip=1.0)
+            config = replace(config, outer_optimizer=outer)
+        else:
+            whole = isinstance(getattr(config, name), int)
+            config = replace(config, **{name: int(value) if whole else float(value)})
+    return config
+
+
+def one(name: str, seed: int, changes: str, images: int) -> dict[str, Any]:
+    model = load_model(ZOO / f"{name}.safetensors")
+    given = jax.tree.map(np.asarray, model.variables["params"])
+    logits = evaluation_logits(model.classifier.module, model.variables)
+    measure = evaluator(logits, load(model.dataset, "test[5000:7000]"), model.attacks)
+    clean = load(model.dataset, f"test[:{images}]")
+    found = unlearn(logits, given, clean, config=changed(changes), key=jax.random.key(seed))
+    before, after = measure(given), measure(found.params)
+    jax.clear_caches()
+    told = found.diagnostics
+    return {
+        **{"model": name, "seed": seed, "changes": changes, "images": images},
+        **{"targets": [attack.target for attack in model.attacks]},
+        **{"acc_before": before.acc, "asr_before": before.asr},
+        **{k: v for k, v in after.row().items() if k != "n"},
+        **{k: told[k] for k in ("verdict", "flagged", "searched", "left", "kept")},
+        **{"seconds": found.seconds, "device": jax.devices()[0].device_kind},
+    }
+
+
+def table() -> None:
+    """Print the table (Markdown)."""
+    print("| model | settings, seed | as given | after | ASR excl. | RA | flagged | verdict |")
+    print("|---|---|---|---|---|---|---|---|")
+    for row in read(RESULTS):
+        first = ", ".join(filter(None, [row["changes"], str(row["seed"])]))
+        asr = ["" if row[k] is None else f"{row[k]:.3f}" for k in ("asr_before", "asr")]
+        excl, ra = ("" if row[k] is None else f"{row[k]:.3f}" for k in ("asr_excl", "ra"))
+        flagged = ", ".join(map(str, row["flagged"]))
+        print(
+            f"| {row['model']} | {first} | {row['acc_before']:.3f} / {asr[0]} "
+            f"| {row['acc']:.3f} / {asr[1]} | {excl} | {ra} | {flagged} | {row['verdict']} |"
+        )
+
+
+if __name__ == "__main__":
+    commands = {"run": run, "table": table}
+    flat = (tyro.conf.OmitArgPrefixes,)
+    tyro.extras.subcommand_cli_from_dict(commands, description=__doc__, config=flat)
