@@ -46,6 +46,7 @@ def inspect_model(
         "reason": evidence.reason,
         "flagged": [label for label in evidence.suspects if label != UNTARGETED],
         "all_to_all": UNTARGETED in evidence.suspects,
+        "label_rule": evidence.rule.tolist() if UNTARGETED in evidence.suspects else None,
         "labels": [
             {
                 "label": label,

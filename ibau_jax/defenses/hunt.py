@@ -24,13 +24,14 @@ from ibau_jax.unlearning.evidence import (
     rest,
 )
 from ibau_jax.unlearning.objective import Aim
-from ibau_jax.unlearning.search import Search, rule_of
+from ibau_jax.unlearning.search import Search, check_count, rule_of
 
 
 class Hunt:
     """What is searched before the first round and in the middle of them, and what it gave."""
 
     def __init__(self, job: Job, clean: Dataset, config: IBAUConfig, num_batches: int):
+        check_count(clean)
         logits = of_params(job.model, job.variables)
         self.job, self.clean, self.config, self.num_batches = job, clean, config, num_batches
         self.rounds = config.rounds or 1

@@ -52,9 +52,9 @@ def unlearn(job: Job) -> Rounds:
         f"{shown(config.outer_optimizer)}; choose a smaller rate, or clip=1.0"
     )
     given, held = params, None
-    if config.held_back and len(clean.labels) > 1:
+    if back := int(config.held_back * len(clean.labels)):
         held_key, key = jax.random.split(key)
-        held, clean = parted(clean, held_key, max(1, int(config.held_back * len(clean.labels))))
+        held, clean = parted(clean, held_key, back)
     if config.shuffle:
         order_key, key = jax.random.split(key)
         clean = shuffled(clean, order_key)

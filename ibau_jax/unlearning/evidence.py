@@ -15,7 +15,15 @@ from ibau_jax.data import Dataset
 from ibau_jax.models.model import Logits, Params, of_params, opened
 from ibau_jax.progress import progress_bar
 from ibau_jax.unlearning.batches import UNTARGETED, check_clean
-from ibau_jax.unlearning.search import Found, Geometry, Search, cosine, pixels, window
+from ibau_jax.unlearning.search import (
+    Found,
+    Geometry,
+    Search,
+    check_count,
+    cosine,
+    pixels,
+    window,
+)
 
 # The strength from which on a label is held for a target.
 LEVELS: Mapping[Geometry, float] = {window(3): 0.6, window(5): 0.7, cosine(0.07): 0.85}
@@ -159,6 +167,7 @@ def inspect(
       InputError: the model or the clean set are not as described.
     """
     clean = check_clean(logits, params, clean)
+    check_count(clean)
     model, variables = opened(logits, params)
     search = Search(of_params(model, variables), GEOMETRIES)
     num_classes = jax.eval_shape(logits, params, clean.images[:1]).shape[1]

@@ -177,9 +177,8 @@ class Search:
           among: of the `geometries`; None: all.
           advance: called with 1 after each ascent.
         """
+        check_count(clean)
         count = len(clean.labels)
-        if count < 2:
-            raise InputError(f"the clean set has {count} image(s): expected at least 2")
         order, key = jax.random.split(key)
         images, true = shuffled(clean, order)
         kept = kept_of(count)
@@ -279,6 +278,12 @@ def height(logits: jax.Array, true: jax.Array, label: Any) -> jax.Array:
     log_p = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.maximum(label, 0)[:, None], axis=1)
     towards = jnp.where(true == label, 0.0, log_p[:, 0])
     return jnp.where(label == UNTARGETED, -not_that_label(logits, true), towards)
+
+
+def check_count(clean: Dataset) -> None:
+    """Raise `InputError` where there are too few images to search on some and measure on others."""
+    if (count := len(clean.labels)) < 2:
+        raise InputError(f"the clean set has {count} image(s): expected at least 2 to search")
 
 
 def kept_of(count: int) -> int:

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -22,6 +23,8 @@ from ibau_jax.models.files import load_model, save_model
 from ibau_jax.models.stored import StoredModel
 from ibau_jax.results.metrics import Metrics
 from ibau_jax.results.rows import ARRAYS, HTML, PARTIAL, ROWS, read_rows
+from ibau_jax.unlearning import evidence
+from ibau_jax.unlearning.search import Search
 
 NOTHING = Metrics(acc=1.0, asr=None, asr_excl=None, ra=None, n=40)
 SMALL = ["--clean", "test[:20]", "--split", "test[760:]", "--rounds", "1"]
@@ -128,6 +131,30 @@ def test_evaluate_agrees_with_defend(capsys, defended):
     measured = json.loads(out)
     assert status == 0
     assert {k: measured[k] for k in found["after"]} == found["after"]
+
+
+def test_inspect(capsys, digits_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(evidence, "Search", partial(Search, starts=4, steps=1, batch=5, few=2))
+    out = tmp_path / "inspected"
+    command = ["inspect", "--model", digits_model, "--clean", "test[:20]", "--out", out]
+    status, printed, err = run(capsys, *command, "--json")
+    assert status == 0, err
+    found = json.loads(printed)
+    assert found["verdict"] in evidence.VERDICTS and found["rule"] == evidence.rule()
+    assert [row["label"] for row in found["labels"]] == [*range(10)]
+    names = {geometry.name for geometry in evidence.LEVELS}
+    assert all(set(row["strength"]) == names for row in found["labels"])
+    flagged = [row["label"] for row in found["labels"] if row["score"] >= 1]
+    assert found["all_to_all"] or sorted(found["flagged"]) == flagged
+    page = (out / HTML).read_text()
+    assert (
+        found["verdict"] in page and page.count("<tr") == 12 and found["report"] == str(out / HTML)
+    )
+    status, printed, _ = run(capsys, *command)
+    assert status == 0 and found["verdict"] in printed
+    assert "1 image(s): expected at least 2" in refused(
+        capsys, "inspect", "--model", digits_model, "--clean", "test[:1]", "--out", out
+    )
 
 
 def test_report_is_made_again(capsys, defended):
