@@ -173,9 +173,11 @@ def inspect(
     The levels are from CIFAR-10 (experiments/default.md); on other images take them as a hint.
     """
     from ibau_jax.commands.inspect import inspect_model
+    from ibau_jax.results.inspection import table
 
     options = {"dataset": dataset, "clean": clean, "seed": seed, "out": out, "data_dir": data_dir}
-    finish(inspect_model(model, **options, progress=True), json)
+    found = inspect_model(model, **options, progress=True)
+    finish(found, json, shown=table(found))
 
 
 @command

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from ibau_jax.devices import processes
@@ -23,8 +24,10 @@ def note(text: str) -> None:
     print(f"ibau: {printable(text)}", file=sys.stderr)
 
 
-def finish(found: dict[str, Any], as_json: bool, rows: Path | None = None) -> None:
-    """Print a result: JSON, or a table (of rows, where there are some) and the other values."""
+def finish(
+    found: dict[str, Any], as_json: bool, rows: Path | None = None, shown: Table | None = None
+) -> None:
+    """Print a result: JSON, or a table (of rows, or the one `shown`) and the other values."""
     if not processes.is_first():
         return
     if as_json:
@@ -33,9 +36,13 @@ def finish(found: dict[str, Any], as_json: bool, rows: Path | None = None) -> No
     console = Console()
     if rows is not None:
         print_table(read_rows(rows), console)
+    if shown is not None:
+        console.print(shown)
     for name, value in found.items():
         if isinstance(value, float):
             value = f"{value:.4f}" if abs(value) < 1e6 else f"{value:.3e}"
+        if isinstance(value, list) and all(isinstance(v, int | str) for v in value):
+            value = ", ".join(map(str, value)) or "none"
         if not isinstance(value, dict | list) and value is not None:
             # As `Text`: in a plain string rich would look for markup and emoji.
             console.print(Text(f"{name:>16}  {printable(value)}"), soft_wrap=True)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.table import Table
 
 from ibau_jax.files import write_text
 from ibau_jax.results.report import class_name, figure_of, template
@@ -20,16 +21,36 @@ def write_inspection(
     return path
 
 
+def lines(found: Mapping[str, Any]) -> list[list[str]]:
+    """The table of labels as text: its head, a line for each label, and the levels."""
+    levels, row = found["levels"], dict(found)
+    body = [
+        [
+            f"{label['label']} ({class_name(row, label['label'])})",
+            *(text(label["strength"][kind], 2) for kind in levels),
+            text(label["score"], 2),
+        ]
+        for label in found["labels"]
+    ]
+    last = ["level", *(text(level, 2) for level in levels.values()), "1.00"]
+    return [["label", *levels, "score"], *body, last]
+
+
+def table(found: Mapping[str, Any]) -> Table:
+    """The same for the terminal."""
+    head, *body = lines(found)
+    built = Table(title="images of other labels that one perturbation leads to a label")
+    for name in head:
+        built.add_column(name, justify="right")
+    for cells in body:
+        built.add_row(*cells)
+    return built
+
+
 def render(found: Mapping[str, Any], pictures: Mapping[str, np.ndarray]) -> str:
     """The page."""
-    levels, row = found["levels"], dict(found)
-
-    def line(label: Mapping[str, Any]) -> dict[str, Any]:
-        strength = [text(label["strength"][kind], 2) for kind in levels]
-        name = f"{label['label']} ({class_name(row, label['label'])})"
-        cells = [name, *strength, text(label["score"], 2)]
-        return {"cells": cells, "flagged": label["label"] in found["flagged"]}
-
+    row = dict(found)
+    head, *labels, levels = lines(found)
     return template("inspection.html.jinja").render(
         title=f"Inspection of {Path(found['model']).name}",
         about=f"{found['n_clean']} clean images of {found['dataset']}, seed {found['seed']}, "
@@ -37,9 +58,12 @@ def render(found: Mapping[str, Any], pictures: Mapping[str, np.ndarray]) -> str:
         verdict=found["verdict"],
         flagged=", ".join(f"{i} ({class_name(row, i)})" for i in found["flagged"]) or "none",
         reason=found["reason"],
-        head=["label", *levels, "score"],
-        labels=[line(label) for label in found["labels"]],
-        levels=["level", *(text(level, 2) for level in levels.values()), "1.00"],
+        head=head,
+        labels=[
+            {"cells": cells, "flagged": label["label"] in found["flagged"]}
+            for cells, label in zip(labels, found["labels"], strict=True)
+        ],
+        levels=levels,
         found=[figure_of(picture, caption) for caption, picture in pictures.items()],
         rule=found["rule"],
         model_hash=found["model_hash"],

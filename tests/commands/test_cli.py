@@ -151,7 +151,7 @@ def test_inspect(capsys, digits_model, tmp_path, monkeypatch):
         found["verdict"] in page and page.count("<tr") == 12 and found["report"] == str(out / HTML)
     )
     status, printed, _ = run(capsys, *command)
-    assert status == 0 and found["verdict"] in printed
+    assert status == 0 and found["verdict"] in printed and "3x3 window" in printed
     assert "1 image(s): expected at least 2" in refused(
         capsys, "inspect", "--model", digits_model, "--clean", "test[:1]", "--out", out
     )
