@@ -42,6 +42,7 @@ from ibau_jax.results.metrics import evaluator
 from ibau_jax.results.rows import write_rows
 from ibau_jax.unlearning import ibau
 from ibau_jax.unlearning.batches import Batch
+from ibau_jax.unlearning.geometries import cosine, pixels, window
 from ibau_jax.unlearning.objective import (
     clip_images,
     cross_entropy,
@@ -50,7 +51,7 @@ from ibau_jax.unlearning.objective import (
     patch,
     patched_images,
 )
-from ibau_jax.unlearning.search import Search, cosine, pixels, window
+from ibau_jax.unlearning.search import Search
 
 RESULTS = Path(__file__).parent / "results" / "parts.jsonl"
 ZOO = Path(__file__).parent / "zoo"

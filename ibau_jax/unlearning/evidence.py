@@ -15,15 +15,8 @@ from ibau_jax.data import Dataset
 from ibau_jax.models.model import Logits, Params, of_params, opened
 from ibau_jax.progress import progress_bar
 from ibau_jax.unlearning.batches import UNTARGETED, check_clean
-from ibau_jax.unlearning.search import (
-    Found,
-    Geometry,
-    Search,
-    check_count,
-    cosine,
-    pixels,
-    window,
-)
+from ibau_jax.unlearning.geometries import Geometry, cosine, pixels, window
+from ibau_jax.unlearning.search import Found, Search, check_count
 
 # The strength from which on a label is held for a target.
 LEVELS: Mapping[Geometry, float] = {window(3): 0.6, window(5): 0.7, cosine(0.07): 0.85}

@@ -28,85 +28,10 @@ from ibau_jax.errors import InputError
 from ibau_jax.models.model import Logits, Params
 from ibau_jax.models.predict import predict
 from ibau_jax.unlearning.batches import UNTARGETED, shuffled, suits_loops
+from ibau_jax.unlearning.geometries import GEOMETRIES, Geometry
 from ibau_jax.unlearning.objective import clip_images, not_that_label
 
 Label = int | np.ndarray
-
-
-class Geometry(NamedTuple):
-    """A set of perturbations.
-
-    Attributes:
-      name: for tables.
-      vertex: of a direction [H, W, C], the perturbation of the set that goes farthest along it.
-      draw: `draw(key, count, shape)`: random perturbations [count, H, W, C] to start from; None:
-        start at zero.
-    """
-
-    name: str
-    vertex: Callable[[jax.Array], jax.Array]
-    draw: Callable[[jax.Array, int, tuple[int, int, int]], jax.Array] | None
-
-
-def window(size: int) -> Geometry:
-    """A square of `size` x `size` pixels anywhere, each colour channel at 0 or at 1."""
-
-    def vertex(direction):
-        gain = jnp.abs(direction).sum(-1)
-        inside = (min(size, gain.shape[0]), min(size, gain.shape[1]))
-        sums = lax.reduce_window(gain, 0.0, lax.add, inside, (1, 1), "valid")
-        corner = jnp.unravel_index(jnp.argmax(sums), sums.shape)
-        return _in_window(jnp.sign(direction), corner, inside)
-
-    return Geometry(f"{size}x{size} window", vertex, lambda *args: _windows(size, *args))
-
-
-def pixels(count: int) -> Geometry:
-    """Any `count` pixels, each colour channel at 0 or at 1."""
-
-    def vertex(direction):
-        gain = jnp.abs(direction).sum(-1).ravel()
-        best = lax.top_k(gain, min(count, len(gain)))[1]
-        chosen = jnp.zeros_like(gain).at[best].set(1).reshape(direction.shape[:2])
-        return chosen[..., None] * jnp.sign(direction)
-
-    return Geometry(f"{count} pixels", vertex, lambda *args: _windows(math.isqrt(count), *args))
-
-
-def cosine(amplitude: float, frequencies: int = 8) -> Geometry:
-    """A cosine of one frequency over the whole image, a phase for each colour channel.
-
-    Random ones have at most so many `frequencies` (periods) along each side.
-    """
-
-    def vertex(direction):
-        spectrum = jnp.fft.fft2(direction - direction.mean((0, 1)), axes=(0, 1))
-        size = jnp.abs(spectrum).sum(-1)
-        which = jnp.unravel_index(jnp.argmax(size), size.shape)
-        return amplitude * _wave(direction.shape[:2], which, jnp.angle(spectrum[which]))
-
-    def draw(key, count, shape):
-        keys = jax.random.split(key, 3)
-        which = jax.random.randint(keys[0], (count, 2), -frequencies, frequencies + 1)
-        phases = jax.random.uniform(keys[1], (count, shape[2]), maxval=2 * jnp.pi)
-        grey = jax.random.bernoulli(keys[2], 0.5, (count, 1))
-        phases = jnp.where(grey, phases[:, :1], phases)
-        return amplitude * jax.vmap(lambda w, p: _wave(shape[:2], w, p))(which, phases)
-
-    return Geometry(f"cosine {amplitude:g}", vertex, draw)
-
-
-def sphere(radius: float) -> Geometry:
-    """An l2 norm of `radius`, in the units of images in [0, 1]."""
-
-    def vertex(direction):
-        norm = jnp.linalg.norm(direction.ravel())
-        return radius * direction / jnp.where(norm > 0, norm, 1)
-
-    return Geometry(f"l2 {radius:g}", vertex, None)
-
-
-GEOMETRIES = (window(3), pixels(9), window(5), pixels(25), cosine(0.1), sphere(1.0))
 
 
 class Found(NamedTuple):
@@ -310,32 +235,3 @@ def share(given: np.ndarray, true: np.ndarray, label: Label) -> float:
     """
     hit = np.where(np.equal(label, UNTARGETED), given != true, given == label)[true != label]
     return float(hit.mean()) if len(hit) else 0.0
-
-
-def _in_window(picture: jax.Array, corner: Any, size: tuple[int, int]) -> jax.Array:
-    """`picture` [H, W, C] inside a window, zero outside."""
-    rows, columns = jnp.ogrid[: picture.shape[0], : picture.shape[1]]
-    inside = (rows >= corner[0]) & (rows < corner[0] + size[0])
-    inside &= (columns >= corner[1]) & (columns < corner[1] + size[1])
-    return jnp.where(inside[..., None], picture, 0)
-
-
-def _windows(size: int, key: jax.Array, count: int, shape: tuple[int, int, int]) -> jax.Array:
-    """Random windows of extreme colours: each pixel its own, its own of grey, or one for all."""
-    keys = jax.random.split(key, 4)
-    inside = min(size, shape[0]), min(size, shape[1])
-    room = jnp.array([shape[0] - inside[0] + 1, shape[1] - inside[1] + 1])
-    corners = jax.random.randint(keys[0], (count, 2), 0, room)
-    colours = jax.random.rademacher(keys[1], (count, *shape), jnp.float32)
-    colours = colours.at[1::3].set(colours[1::3, :, :, :1])
-    solid = jax.random.rademacher(keys[2], (count, 1, 1, shape[2]), jnp.float32)
-    grey = jax.random.bernoulli(keys[3], 0.5, (count, 1, 1, 1))
-    solid = jnp.where(grey, solid[..., :1], solid)
-    colours = colours.at[2::3].set(jnp.broadcast_to(solid, colours.shape)[2::3])
-    return jax.vmap(lambda picture, corner: _in_window(picture, corner, inside))(colours, corners)
-
-
-def _wave(shape: tuple[int, int], which: Any, phases: jax.Array) -> jax.Array:
-    """cos(2 pi (f_y y / H + f_x x / W) + phase) [H, W, C]."""
-    y, x = jnp.arange(shape[0])[:, None] / shape[0], jnp.arange(shape[1]) / shape[1]
-    return jnp.cos(2 * jnp.pi * (which[0] * y + which[1] * x)[..., None] + phases)

@@ -9,19 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ibau_jax import Dataset, InputError
-from ibau_jax.unlearning.search import (
-    GEOMETRIES,
-    UNTARGETED,
-    Geometry,
-    Search,
-    cosine,
-    height,
-    pixels,
-    rule_of,
-    share,
-    sphere,
-    window,
-)
+from ibau_jax.unlearning.batches import UNTARGETED
+from ibau_jax.unlearning.geometries import GEOMETRIES, Geometry, cosine, pixels, sphere, window
+from ibau_jax.unlearning.search import Search, height, rule_of, share
 
 KEY = jax.random.key(0)
 SHAPE = (7, 6, 2)
