@@ -27,18 +27,15 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import tyro
 from published_models import read
+from zoo import prepare
 
 from ibau_jax import load, unlearn
 from ibau_jax.defenses.ft_sam import ascent
 from ibau_jax.defenses.sau import divergence
 from ibau_jax.errors import InputError, check_name
-from ibau_jax.models.files import load_model
-from ibau_jax.models.model import evaluation_logits
-from ibau_jax.results.metrics import evaluator
 from ibau_jax.results.rows import write_rows
 from ibau_jax.unlearning import ibau
 from ibau_jax.unlearning.batches import Batch
@@ -54,7 +51,6 @@ from ibau_jax.unlearning.objective import (
 from ibau_jax.unlearning.search import Search
 
 RESULTS = Path(__file__).parent / "results" / "parts.jsonl"
-ZOO = Path(__file__).parent / "zoo"
 MODELS = ("cifar10-badnets", "cifar10-trojan-watermark", "cifar10-l0")
 Loss = Callable[..., jax.Array]
 PLAIN, PLAIN_INNER = ibau.make_loss, ibau.make_inner
@@ -205,10 +201,7 @@ def run(grid: Run) -> None:
 
 
 def one(name: str, part: str, seed: int) -> dict[str, Any]:
-    model = load_model(ZOO / f"{name}.safetensors")
-    given = jax.tree.map(np.asarray, model.variables["params"])
-    logits = evaluation_logits(model.classifier.module, model.variables)
-    measure = evaluator(logits, load(model.dataset, "test[5000:7000]"), model.attacks)
+    model, given, logits, measure = prepare(name)
     clean, key = load(model.dataset, "test[:5000]"), jax.random.key(seed)
     target, searched, marked = model.attacks[0].target, None, patch
     if part in SEARCHED:

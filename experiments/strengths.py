@@ -17,24 +17,24 @@ import jax
 import numpy as np
 import tyro
 from published_models import read
+from zoo import CIFAR10, FOLDER
 
 from ibau_jax import load
 from ibau_jax.models.files import load_model
 from ibau_jax.results.rows import write_rows
 from ibau_jax.unlearning.batches import UNTARGETED
+from ibau_jax.unlearning.evidence import alike
 from ibau_jax.unlearning.geometries import GEOMETRIES
 from ibau_jax.unlearning.search import Search
 
 RESULTS = Path(__file__).parent / "results" / "strengths.jsonl"
-ZOO = Path(__file__).parent / "zoo"
-MODELS = tuple(sorted(path.stem for path in ZOO.glob("cifar10-*.safetensors")))
 
 
 @dataclass
 class Run:
     """Which cells."""
 
-    models: tuple[str, ...] = MODELS
+    models: tuple[str, ...] = CIFAR10
     seeds: tuple[int, ...] = (0,)
     starts: int = 300
     out: Path = RESULTS
@@ -47,7 +47,7 @@ def run(grid: Run) -> None:
         done = read(grid.out)
         if any((row["model"], row["seed"]) == (name, seed) for row in done):
             continue
-        model = load_model(ZOO / f"{name}.safetensors")
+        model = load_model(FOLDER / f"{name}.safetensors")
         variables = jax.tree.map(jax.numpy.asarray, model.variables)
         classes = model.num_classes
         search = searches.setdefault(classes, Search(model.classifier, starts=grid.starts))
@@ -62,25 +62,19 @@ def run(grid: Run) -> None:
         }
         rows = []
         for geometry, given, strength in zip(GEOMETRIES, found.given, found.strength, strict=True):
-            wrong = given[-1] != found.true
-            moved = (given[-1] - found.true)[wrong] % classes
+            shift = (given[-1] - found.true) % classes
             rows.append(
                 {
                     **common,
                     "geometry": geometry.name,
                     "strength": strength[:-1].tolist(),
                     "untargeted": strength[-1],
-                    "same_label": most(given[-1][wrong]),
-                    "same_shift": most(moved),
+                    "same_label": alike(given[-1], found.true),
+                    "same_shift": alike(shift, np.zeros_like(shift)),
                 }
             )
         write_rows(grid.out, [*done, *rows])
         print(name, seed, round(common["seconds"]), *(max(r["strength"]) for r in rows), flush=True)
-
-
-def most(labels: np.ndarray) -> float:
-    """The share of the most frequent label."""
-    return float(np.bincount(labels).max() / len(labels)) if len(labels) else 0.0
 
 
 @dataclass

@@ -13,27 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import tyro
 from published_models import read
+from zoo import CIFAR10, prepare
 
 from ibau_jax import IBAUConfig, load, unlearn
-from ibau_jax.models.files import load_model
-from ibau_jax.models.model import evaluation_logits
-from ibau_jax.results.metrics import evaluator
 from ibau_jax.results.rows import write_rows
 from ibau_jax.training.optimizers import Adam
 
 RESULTS = Path(__file__).parent / "results" / "targeted.jsonl"
-ZOO = Path(__file__).parent / "zoo"
-MODELS = tuple(sorted(path.stem for path in ZOO.glob("cifar10-*.safetensors")))
 
 
 @dataclass
 class Run:
     """Which cells."""
 
-    models: tuple[str, ...] = MODELS
+    models: tuple[str, ...] = CIFAR10
     seeds: tuple[int, ...] = (0,)
     change: tuple[str, ...] = ()
     """Settings that are not those of the preset, as name=value; `rate` is the outer one."""
@@ -69,10 +64,7 @@ def changed(changes: str) -> IBAUConfig:
 
 
 def one(name: str, seed: int, changes: str, images: int) -> dict[str, Any]:
-    model = load_model(ZOO / f"{name}.safetensors")
-    given = jax.tree.map(np.asarray, model.variables["params"])
-    logits = evaluation_logits(model.classifier.module, model.variables)
-    measure = evaluator(logits, load(model.dataset, "test[5000:7000]"), model.attacks)
+    model, given, logits, measure = prepare(name)
     clean = load(model.dataset, f"test[:{images}]")
     found = unlearn(logits, given, clean, config=changed(changes), key=jax.random.key(seed))
     before, after = measure(given), measure(found.params)

@@ -12,23 +12,51 @@ kept in half precision, and the figures are those of the kept file.
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
 import tyro
 from published_models import read
 
 from ibau_jax.attacks import ATTACKS
 from ibau_jax.commands.evaluate import evaluate_model
+from ibau_jax.data import load
 from ibau_jax.errors import check_name
 from ibau_jax.files import write_text
 from ibau_jax.models.files import load_model, save_model
+from ibau_jax.models.model import Logits, Params, evaluation_logits
+from ibau_jax.models.stored import StoredModel
+from ibau_jax.results.metrics import Metrics, evaluator
 from ibau_jax.results.rows import write_rows
 
 FOLDER = Path(__file__).parent / "zoo"
+CIFAR10 = tuple(sorted(path.stem for path in FOLDER.glob("cifar10-*.safetensors")))
 RESULTS = Path(__file__).parent / "results" / "zoo.jsonl"
+
+
+class Prepared(NamedTuple):
+    """A model of the zoo for trials: its file, parameters and logits, and what measures it.
+
+    It is measured on test[5000:7000]: these images choose, and are none of the results.
+    """
+
+    model: StoredModel
+    given: Params
+    logits: Logits
+    measure: Callable[[Params], Metrics]
+
+
+def prepare(name: str) -> Prepared:
+    """A model by its name; needs its data set (TFDS_DATA_DIR)."""
+    model = load_model(FOLDER / f"{name}.safetensors")
+    given = jax.tree.map(np.asarray, model.variables["params"])
+    logits = evaluation_logits(model.classifier.module, model.variables)
+    measure = evaluator(logits, load(model.dataset, "test[5000:7000]"), model.attacks)
+    return Prepared(model, given, logits, measure)
 
 
 class Entry(NamedTuple):
