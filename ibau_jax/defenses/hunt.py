@@ -38,7 +38,6 @@ class Hunt:
         self.search = Search(logits, GEOMETRIES, compiling=job.compiling)
         self.key = jax.random.fold_in(job.key, 1)  # not one of those that the rounds draw
         self.found: list[Perturbation] = []
-        self.ascents = 0
 
     def aims(self, number: int, params: Params) -> list[Aim]:
         """For the ascents of round `number`."""
@@ -56,7 +55,7 @@ class Hunt:
         usual = len(self.config.schedule(self.num_batches))
         count = min(self.num_batches, max(usual, -(-2 * len(suspects) // self.rounds)))
         aims = []
-        for ascent in range(self.ascents, self.ascents + count):
+        for ascent in range(number * count, (number + 1) * count):
             label = suspects[ascent % len(suspects)]
             starts = sorted(
                 (one for one in self.found if one.label == label), key=lambda one: -one.strength
@@ -66,7 +65,6 @@ class Hunt:
             turn, from_found = divmod(ascent // len(suspects), 2)
             start = starts[turn % len(starts)].delta if from_found and starts else 0 * pool[0]
             aims.append(Aim(*self.job.devices.replicate((self._rule(label), start)), *shared))
-        self.ascents += count
         return aims
 
     def _look(self, params: Params) -> None:
@@ -107,7 +105,7 @@ class Hunt:
         for one in self.found:
             if one.label not in best or one.strength > best[one.label].strength:
                 best[one.label] = one
-        return {one.caption: np.clip(0.5 + one.delta / 2, 0, 1) for one in best.values()}
+        return {one.caption: one.picture for one in best.values()}
 
     def told(self, left: float, kept: float) -> dict[str, Any]:
         """For the diagnostics: what was found, and how it ended.
@@ -133,7 +131,7 @@ class Hunt:
         return {
             "verdict": verdict,
             "reason": reason,
-            "flagged": [s for s in evidence.suspects if s != UNTARGETED],
+            "flagged": evidence.flagged,
             "misled": evidence.misled,
             "alike": evidence.alike,
             "searched": len(self.found),

@@ -2,31 +2,28 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.table import Table
 
 from ibau_jax.files import write_text
-from ibau_jax.results.report import class_name, figure_of, template
-from ibau_jax.results.rows import HTML, text
+from ibau_jax.results.report import figure_of, named, template
+from ibau_jax.results.rows import HTML, Row, text
 
 
-def write_inspection(
-    folder: str | Path, found: Mapping[str, Any], pictures: Mapping[str, np.ndarray]
-) -> Path:
+def write_inspection(folder: str | Path, found: Row, pictures: Mapping[str, np.ndarray]) -> Path:
     """Make `report.html` of the JSON of `ibau inspect` and pictures [H, W, C] by their captions."""
     path = Path(folder) / HTML
     write_text(path, render(found, pictures))
     return path
 
 
-def lines(found: Mapping[str, Any]) -> list[list[str]]:
+def lines(found: Row) -> list[list[str]]:
     """The table of labels as text: its head, a line for each label, and the levels."""
-    levels, row = found["levels"], dict(found)
+    levels = found["levels"]
     body = [
         [
-            f"{label['label']} ({class_name(row, label['label'])})",
+            named(found, label["label"]),
             *(text(label["strength"][kind], 2) for kind in levels),
             text(label["score"], 2),
         ]
@@ -36,7 +33,7 @@ def lines(found: Mapping[str, Any]) -> list[list[str]]:
     return [["label", *levels, "score"], *body, last]
 
 
-def table(found: Mapping[str, Any]) -> Table:
+def table(found: Row) -> Table:
     """The same for the terminal."""
     head, *body = lines(found)
     built = Table(title="images of other labels that one perturbation leads to a label")
@@ -47,16 +44,15 @@ def table(found: Mapping[str, Any]) -> Table:
     return built
 
 
-def render(found: Mapping[str, Any], pictures: Mapping[str, np.ndarray]) -> str:
+def render(found: Row, pictures: Mapping[str, np.ndarray]) -> str:
     """The page."""
-    row = dict(found)
     head, *labels, levels = lines(found)
     return template("inspection.html.jinja").render(
         title=f"Inspection of {Path(found['model']).name}",
         about=f"{found['n_clean']} clean images of {found['dataset']}, seed {found['seed']}, "
         f"{found['seconds']:.0f} seconds.",
         verdict=found["verdict"],
-        flagged=", ".join(f"{i} ({class_name(row, i)})" for i in found["flagged"]) or "none",
+        flagged=", ".join(named(found, i) for i in found["flagged"]) or "none",
         reason=found["reason"],
         head=head,
         labels=[

@@ -101,6 +101,11 @@ def class_name(row: Row, label: Any) -> str:
     return names[label] if known else shown(label)
 
 
+def named(row: Row, label: Any) -> str:
+    """A label with the name of its class."""
+    return f"{shown(label)} ({class_name(row, label)})"
+
+
 def _verdict(row: Row) -> str | None:
     """How a defense says that it ended, where it does."""
     if "verdict" not in row:
@@ -113,7 +118,7 @@ def _flagged(row: Row) -> str | None:
     flagged = row.get("flagged")
     if not isinstance(flagged, list):
         return None
-    found = ", ".join(f"{shown(label)} ({class_name(row, label)})" for label in flagged)
+    found = ", ".join(named(row, label) for label in flagged)
     return f"Labels held for targets: {found}." if found else "No label stands out: none changed."
 
 

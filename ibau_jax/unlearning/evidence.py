@@ -38,6 +38,11 @@ class Perturbation(NamedTuple):
     geometry: str
 
     @property
+    def picture(self) -> np.ndarray:
+        """[H, W, C] in [0, 1], grey where nothing is changed."""
+        return np.clip(0.5 + self.delta / 2, 0, 1)
+
+    @property
     def caption(self) -> str:
         """For its picture."""
         where = "many labels" if self.label == UNTARGETED else f"label {self.label}"
@@ -51,8 +56,6 @@ class Evidence(NamedTuple):
       strength: [G, L] of the geometries of `LEVELS`, towards each label; see `search.Found`.
       misled: share of held-back images that one perturbation of `AWAY` leads elsewhere.
       alike: share of those that the most frequent label gets.
-      suspects: what is held for targets, the strongest first; `UNTARGETED` alone stands for a rule
-        that leads to many labels. Empty: nothing stands out.
       rule: int32 [L], the label that the perturbation of `AWAY` gives most of the images of each
         class that it misleads; `UNTARGETED` where it misleads none.
       found: the perturbations of strength `WORTH` and more, also towards other labels.
@@ -61,7 +64,6 @@ class Evidence(NamedTuple):
     strength: np.ndarray
     misled: float
     alike: float
-    suspects: tuple[int, ...]
     rule: np.ndarray
     found: list[Perturbation]
 
@@ -69,6 +71,23 @@ class Evidence(NamedTuple):
     def score(self) -> np.ndarray:
         """How near each label comes to a level, 1 where it reaches one: [L]."""
         return (self.strength / _levels()).max(0)
+
+    @property
+    def suspects(self) -> tuple[int, ...]:
+        """What is held for targets, the strongest first; empty: nothing stands out.
+
+        `UNTARGETED` alone stands for a rule that leads to many labels: what leads to one label is
+        part of it then, or a weakness.
+        """
+        if _many(self.misled, self.alike) >= 1:
+            return (UNTARGETED,)
+        order = np.argsort(-self.score, kind="stable")
+        return tuple(int(label) for label in order if self.score[label] >= 1)[:MOST]
+
+    @property
+    def flagged(self) -> list[int]:
+        """The labels among the suspects."""
+        return [label for label in self.suspects if label != UNTARGETED]
 
     @property
     def nearest(self) -> float:
@@ -102,13 +121,10 @@ class Evidence(NamedTuple):
         return f"nothing stands out{by_little}; {best}; {many}"
 
     def pictures(self) -> dict[str, np.ndarray]:
-        """The strongest perturbations towards each suspect, one of a geometry, by a caption.
-
-        [H, W, C] in [0, 1], grey where nothing is changed.
-        """
+        """Of what leads to each suspect the pictures by their captions, the strongest first."""
         found = sorted(self.found, key=lambda one: -one.strength)
         return {
-            one.caption: np.clip(0.5 + one.delta / 2, 0, 1)
+            one.caption: one.picture
             for label in self.suspects
             for one in found
             if one.label == label
@@ -135,15 +151,10 @@ def look(
     labels, levels = range(num_classes), list(LEVELS)
     towards = search(params, clean, labels, key=keys[0], among=levels, advance=advance)
     away = search(params, clean, [UNTARGETED], key=keys[1], among=[AWAY], advance=advance)
-    scores = (towards.strength / _levels()).max(0)
-    order = np.argsort(-scores, kind="stable")
-    suspects = [int(label) for label in order if scores[label] >= 1][:MOST]
     misled, same = float(away.strength[0, 0]), alike(away.given[0, 0], away.true)
-    if _many(misled, same) >= 1:
-        suspects = [UNTARGETED]  # and what leads to one label is part of it, or a weakness
     found = collect(levels, labels, towards) + collect([AWAY], [UNTARGETED], away)
     leads = read_rule(away.given[0, 0], away.true, num_classes)
-    return Evidence(towards.strength, misled, same, tuple(suspects), leads, found)
+    return Evidence(towards.strength, misled, same, leads, found)
 
 
 def inspect(

@@ -132,8 +132,8 @@ def ibau(
                 delta = C.project(delta)  # line 5
             return delta, alpha_state, height
 
-        delta = jnp.zeros(batches.images.shape[2:], batches.images.dtype)  # line 2
-        delta = delta if aim is None else C.project(aim.start)
+        zero = jnp.zeros(batches.images.shape[2:], batches.images.dtype)  # line 2
+        delta = zero if aim is None else C.project(aim.start)
         start = delta, alpha.init(delta), jnp.zeros((), delta.dtype)
         delta, _, height = lax.fori_loop(0, T, step, start)  # line 3
         return (C.project(delta) if config.project == "at-end" else delta), height

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from conftest import random_variables
 from PIL import Image
 
 from ibau_jax.attacks import Attack, Trigger, badnets_square, blend
-from ibau_jax.commands import attack_options, defend, demo, evaluate
+from ibau_jax.commands import attack_options, cli, defend, demo, evaluate
 from ibau_jax.commands.cli import main
 from ibau_jax.defenses import Defense
 from ibau_jax.defenses.inversion import neural_cleanse
@@ -150,6 +151,11 @@ def test_inspect(capsys, digits_model, tmp_path, monkeypatch):
     assert (
         found["verdict"] in page and page.count("<tr") == 12 and found["report"] == str(out / HTML)
     )
+    # The help has the numbers in words, so that it starts quickly.
+    told = re.findall(r"([\d.]+) %", cli.inspect.__doc__)
+    numbers = [*evidence.LEVELS.values(), evidence.MISLED, evidence.ALIKE]
+    assert told == [f"{100 * number:.0f}" for number in numbers]
+    assert "amplitude 0.07" in cli.inspect.__doc__ and "cosine 0.07" in names
     status, printed, _ = run(capsys, *command)
     assert status == 0 and found["verdict"] in printed and "3x3 window" in printed
     assert "1 image(s): expected at least 2" in refused(

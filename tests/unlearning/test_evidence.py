@@ -27,11 +27,11 @@ KEY = jax.random.key(0)
 DELTA = np.zeros((2, 2, 1), np.float32)
 
 
-def evidence(strength=0.0, misled=0.0, same=1.0, suspects=()):
+def evidence(strength=0.0, misled=0.0, same=1.0):
     table = np.zeros((len(LEVELS), 4))
     table[0, 2] = strength
     found = [Perturbation(DELTA, 2, s, g.name) for s, g in zip((0.5, 0.9), LEVELS, strict=False)]
-    return Evidence(table, misled, same, suspects, np.zeros(4, np.int32), found)
+    return Evidence(table, misled, same, np.zeros(4, np.int32), found)
 
 
 @pytest.mark.parametrize(
@@ -39,8 +39,8 @@ def evidence(strength=0.0, misled=0.0, same=1.0, suspects=()):
     [
         (evidence(0.3), "clean", "nothing stands out; a 3x3 window leads 30%"),
         (evidence(0.55), "uncertain", "nothing stands out, but not by much; a 3x3 window"),
-        (evidence(0.7, suspects=(2,)), "backdoored", "a 3x3 window leads 70%"),
-        (evidence(misled=0.9, same=0.1, suspects=(UNTARGETED,)), "backdoored", "9 pixels lead 90%"),
+        (evidence(0.7), "backdoored", "a 3x3 window leads 70%"),
+        (evidence(misled=0.9, same=0.1), "backdoored", "9 pixels lead 90%"),
         (evidence(misled=0.65, same=0.1), "uncertain", "nothing stands out, but"),
         (evidence(misled=0.65, same=0.9), "clean", "nothing stands out;"),
     ],
@@ -53,7 +53,7 @@ def test_verdict(found, verdict, said):
 
 def test_pictures_are_of_suspects_the_strongest_first():
     assert not evidence(0.3).pictures()
-    found = evidence(0.7, suspects=(2,)).pictures()
+    found = evidence(0.7).pictures()
     assert [*found] == ["label 2: 5x5 window, 90%", "label 2: 3x3 window, 50%"]
     assert np.all(found["label 2: 3x3 window, 50%"] == 0.5)  # grey: it changes nothing
 
