@@ -44,6 +44,7 @@ def inspect_model(
     found = {
         "verdict": evidence.verdict,
         "reason": evidence.reason,
+        "target": evidence.target,
         "flagged": evidence.flagged,
         "all_to_all": UNTARGETED in evidence.suspects,
         "label_rule": evidence.rule.tolist() if UNTARGETED in evidence.suspects else None,

@@ -16,7 +16,7 @@ from ibau_jax.unlearning.batches import UNTARGETED
 from ibau_jax.unlearning.config import IBAUConfig
 from ibau_jax.unlearning.evidence import (
     GEOMETRIES,
-    NEAR,
+    LEVELS,
     Perturbation,
     collect,
     look,
@@ -26,9 +26,17 @@ from ibau_jax.unlearning.evidence import (
 from ibau_jax.unlearning.objective import Aim
 from ibau_jax.unlearning.search import Search, check_count, rule_of
 
+# Halfway through the first stage weaknesses have fallen below it, other targets have not yet.
+SMALLEST, STANDS = next(iter(LEVELS)), 0.4
+
 
 class Hunt:
-    """What is searched before the first round and in the middle of them, and what it gave."""
+    """What is searched for the rounds, and what it gave.
+
+    The rounds make a stage. The first one unlearns the likeliest target alone: the weaknesses that
+    a backdoor brings with it fall with it, and to unlearn them too would cost accuracy. Suspects
+    that still stood halfway, or stand after it, are the matter of the next stage.
+    """
 
     def __init__(self, job: Job, clean: Dataset, config: IBAUConfig, num_batches: int):
         check_count(clean)
@@ -36,68 +44,96 @@ class Hunt:
         self.job, self.clean, self.config, self.num_batches = job, clean, config, num_batches
         self.rounds = config.rounds or 1
         self.search = Search(logits, GEOMETRIES, compiling=job.compiling)
-        self.key = jax.random.fold_in(job.key, 1)  # not one of those that the rounds draw
+        self._key = jax.random.fold_in(job.key, 1)  # not one of those that the rounds draw
         self.found: list[Perturbation] = []
+        self.stage, self.targets, self.unlearned = 0, (), []
+        self.left: dict[int, float] = {}
+        self.halfway: dict[int, float] = {}
 
-    def aims(self, number: int, params: Params) -> list[Aim]:
-        """For the ascents of round `number`."""
-        if number == 0:
-            self._look(params)
-        suspects = self.evidence.suspects or (UNTARGETED,)
-        if number in (0, -(-self.rounds // 2)) and self.evidence.suspects:
-            self._again(params, jax.random.fold_in(self.key, number + 1))
-        pool = np.zeros((self.room, *self.clean.images.shape[1:]), self.clean.images.dtype)
-        rules = np.full((self.room, self.job.num_classes), UNTARGETED, np.int32)
-        for i, one in enumerate(self.found):
-            pool[i], rules[i] = one.delta, self._rule(one.label)
-        shared = self.job.devices.replicate((pool, rules, np.int32(len(self.found))))
-        # Each label is led to twice or more in all: what no delta led to stays (seven targets).
-        usual = len(self.config.schedule(self.num_batches))
-        count = min(self.num_batches, max(usual, -(-2 * len(suspects) // self.rounds)))
-        aims = []
-        for ascent in range(number * count, (number + 1) * count):
-            label = suspects[ascent % len(suspects)]
-            starts = sorted(
-                (one for one in self.found if one.label == label), key=lambda one: -one.strength
-            )
-            # In turn from zero and from what was found: each finds what the other misses (the
-            # corner patch of BadNets the former, the trigger of `smooth` the latter).
-            turn, from_found = divmod(ascent // len(suspects), 2)
-            start = starts[turn % len(starts)].delta if from_found and starts else 0 * pool[0]
-            aims.append(Aim(*self.job.devices.replicate((self._rule(label), start)), *shared))
-        return aims
-
-    def _look(self, params: Params) -> None:
+    def look(self, params: Params) -> None:
+        """Search the given model; before all else."""
         classes = self.job.num_classes
         with self.job.compiling():
             self.search.warm(params, self.clean)
         with self.job.progress(looks(classes), "search") as advance:
             self.evidence = look(
-                self.search, params, self.clean, classes, key=self.key, advance=advance
+                self.search, params, self.clean, classes, key=self._new_key(), advance=advance
             )
-        suspects = self.evidence.suspects
-        self.found = [one for one in self.evidence.found if one.label in suspects]
-        # So many can be found in all: the shape that the rounds are compiled for.
-        wide = len(suspects) * len(GEOMETRIES)
-        self.room = max(1, len(self.found) + 2 * wide)
+        self._unlearn(self.evidence.suspects[:1])
+        # The shape that the rounds are compiled for: what all searches of a stage can find.
+        wide = 2 * len(GEOMETRIES) + len(LEVELS)
+        self.room = max(1, len(self.evidence.suspects)) * wide
 
-    def _again(self, params: Params, key: jax.Array) -> None:
-        suspects = self.evidence.suspects
-        found = self.search(params, self.clean, [*map(self._rule, suspects)], key=key)
-        self.found += collect(GEOMETRIES, suspects, found)
+    def aims(self, number: int, params: Params) -> list[Aim]:
+        """For the ascents of round `number` of a stage."""
+        targets = self.targets or (UNTARGETED,)
+        middle = -(-self.rounds // 2)
+        if number == middle < self.rounds and not self.stage:
+            self._check_halfway(params)
+        if number in (0, middle) and self.targets:
+            found = self.search(
+                params, self.clean, [*map(self._rule, targets)], key=self._new_key()
+            )
+            self.found += collect(GEOMETRIES, targets, found)
+        newest = self.found[-self.room :]
+        pool = np.zeros((self.room, *self.clean.images.shape[1:]), self.clean.images.dtype)
+        rules = np.full((self.room, self.job.num_classes), UNTARGETED, np.int32)
+        for i, one in enumerate(newest):
+            pool[i], rules[i] = one.delta, self._rule(one.label)
+        shared = self.job.devices.replicate((pool, rules, np.int32(len(newest))))
+        # Each label is led to twice or more in all: what no delta led to stays (seven targets).
+        usual = len(self.config.schedule(self.num_batches))
+        count = min(self.num_batches, max(usual, -(-2 * len(targets) // self.rounds)))
+        aims = []
+        for ascent in range(number * count, (number + 1) * count):
+            label = targets[ascent % len(targets)]
+            starts = sorted(
+                (one for one in newest if one.label == label), key=lambda one: -one.strength
+            )
+            # In turn from zero and from what was found: each finds what the other misses (the
+            # corner patch of BadNets the former, the trigger of `smooth` the latter).
+            turn, from_found = divmod(ascent // len(targets), 2)
+            start = starts[turn % len(starts)].delta if from_found and starts else 0 * pool[0]
+            aims.append(Aim(*self.job.devices.replicate((self._rule(label), start)), *shared))
+        return aims
+
+    def goes_on(self, params: Params) -> bool:
+        """After a stage: search once more; is there something left, and a stage to unlearn it?"""
+        self._score(params)
+        self.stage += 1
+        still = [label for label, score in self.left.items() if score >= 1]
+        if self.stage == 1:
+            still += [i for i, s in self.halfway.items() if s >= STANDS and i not in still]
+        if not still or self.stage == self.config.stages:
+            return False
+        self._unlearn(tuple(still))
+        return True
+
+    def _check_halfway(self, params: Params) -> None:
+        """How strong the smallest windows are that lead to suspects which nobody unlearned yet."""
+        if others := [label for label in self.evidence.suspects if label not in self.targets]:
+            found = self.search(params, self.clean, others, key=self._new_key(), among=[SMALLEST])
+            self.halfway = dict(zip(others, map(float, found.strength[0]), strict=True))
+
+    def _score(self, params: Params) -> None:
+        """How near a fresh search comes to a level with each suspect; see `Evidence.score`."""
+        suspects, key = self.evidence.suspects, self._new_key()
+        self.left = rest(self.search, params, self.clean, suspects, key=key) if suspects else {}
+
+    def _unlearn(self, targets: tuple[int, ...]) -> None:
+        self.targets = targets
+        self.unlearned += [label for label in targets if label not in self.unlearned]
+        self.found += [one for one in self.evidence.found if one.label in targets]
+
+    def _new_key(self) -> jax.Array:
+        self._key, key = jax.random.split(self._key)
+        return key
 
     def _rule(self, suspect: int) -> np.ndarray:
         """Where the images of each class are led: all to one label, or as all-to-all was read."""
-        if suspect == UNTARGETED and self.evidence.suspects:
+        if suspect == UNTARGETED and self.targets:
             return self.evidence.rule
         return np.array(rule_of(suspect, self.job.num_classes))
-
-    def after(self, params: Params) -> float:
-        """How near a fresh search comes to a level with a suspect; see `Evidence.score`."""
-        if not self.evidence.suspects:
-            return self.evidence.nearest
-        key = jax.random.fold_in(self.key, 0)
-        return rest(self.search, params, self.clean, self.evidence.suspects, key=key)
 
     def pictures(self) -> dict[str, np.ndarray]:
         """The strongest perturbation towards each suspect, grey where it changes nothing."""
@@ -107,22 +143,24 @@ class Hunt:
                 best[one.label] = one
         return {one.caption: one.picture for one in best.values()}
 
-    def told(self, left: float, kept: float) -> dict[str, Any]:
+    def told(self, params: Params, kept: float) -> dict[str, Any]:
         """For the diagnostics: what was found, and how it ended.
 
         Args:
-          left: of `after`, of the model that is returned.
+          params: what is returned.
           kept: of `roll_back`.
         """
-        evidence = self.evidence
+        if kept < 1:
+            self._score(params)
+        evidence, most = self.evidence, max(self.left.values(), default=self.evidence.nearest)
         if not evidence.suspects:
             verdict, reason = "was-clean", evidence.reason
-        elif left < NEAR:
+        elif most < 1:
             verdict = "cleaned"
-            reason = f"{evidence.reason}; now a fresh search comes to {left:.2f} of such a level"
+            reason = f"{evidence.reason}; now a fresh search comes to {most:.2f} of such a level"
         else:
             verdict = "not-cleaned"
-            reason = f"{evidence.reason}; a fresh search still comes to {left:.2f} of such a level"
+            reason = f"{evidence.reason}; a fresh search still comes to {most:.2f} of such a level"
         if kept < 1:
             reason += (
                 f"; only {kept:.0%} of the way was gone, since more costs too much accuracy on "
@@ -131,11 +169,14 @@ class Hunt:
         return {
             "verdict": verdict,
             "reason": reason,
-            "flagged": evidence.flagged,
+            "flagged": [label for label in self.unlearned if label != UNTARGETED],
+            "suspects": evidence.flagged,
+            "halfway": {str(label): strength for label, strength in self.halfway.items()},
+            "stages": self.stage,
             "misled": evidence.misled,
             "alike": evidence.alike,
             "searched": len(self.found),
-            "left": left,
+            "left": most,
             "kept": kept,
         }
 

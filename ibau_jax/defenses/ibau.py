@@ -1,5 +1,6 @@
 """I-BAU as a defense: Algorithm 1 (`unlearning/ibau.py`) in the hands of the driver."""
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -62,7 +63,8 @@ def unlearn(job: Job) -> Rounds:
     batches, sizes = make_batches(clean, config, devices, taught)
     algorithm = ibau(logits, config, len(sizes), devices.axis, job.program)
     with job.compiling():
-        state = devices.replicate(jax.jit(algorithm.init)(params, key))
+        init = jax.jit(algorithm.init)
+        state = devices.replicate(init(params, key))
         size = jax.jit(config.ball.size).lower(clean.images[0]).compile()
     rounds = config.rounds or 1
     hunt = Hunt(job, clean, config, len(sizes)) if config.searched else None
@@ -74,37 +76,47 @@ def unlearn(job: Job) -> Rounds:
     deltas: list[np.ndarray] = []
     row: dict[str, Any] = {}
     yield job.variables, row
-    with job.progress(rounds * len(sizes), "I-BAU") as advance:
+    if hunt:
+        hunt.look(params)
+    for stage in itertools.count(1):
+        title = "I-BAU" if stage == 1 else f"I-BAU, stage {stage}"
+        with job.progress(rounds * len(sizes), title) as advance:
 
-        def told(step: Step) -> None:
-            job.check_finite("the loss", devices.one(step.loss))
-            advance(1)
+            def told(step: Step, advance=advance) -> None:
+                job.check_finite("the loss", devices.one(step.loss))
+                advance(1)
 
-        for number in range(rounds):
+            for number in range(rounds):
+                advance(0, note_of(row))
+                aims = hunt.aims(number, devices.one(state.params)) if hunt else ()
+                state, info = algorithm.round(state, batches, told, aims)
+                devices.check_equal(state=state, delta=info.delta)
+                delta, height, steps = jax.tree.map(np.asarray, devices.one(info))
+                deltas.append(delta)
+                row = {
+                    "delta_norm": float(size(delta)),
+                    "inner_loss": float(height),
+                    "outer_loss": float(np.mean([step.loss for step in steps])),
+                    **_solves([step.report for step in steps]),
+                }
+                params = devices.one(state.params)
+                if held is not None:
+                    row["held_acc"] = accuracy(params)
+                ends = number == rounds - 1
+                goes_on = ends and hunt is not None and hunt.goes_on(params)
+                if ends and not goes_on and hunt and held is not None:
+                    least = accuracy(given) - (config.budget if hunt.evidence.suspects else 0)
+                    params, kept = roll_back(accuracy, given, params, least)
+                    row["held_acc"] = accuracy(params)
+                yield {**job.variables, "params": params}, row
             advance(0, note_of(row))
-            aims = hunt.aims(number, devices.one(state.params)) if hunt else ()
-            state, info = algorithm.round(state, batches, told, aims)
-            devices.check_equal(state=state, delta=info.delta)
-            delta, height, steps = jax.tree.map(np.asarray, devices.one(info))
-            deltas.append(delta)
-            row = {
-                "delta_norm": float(size(delta)),
-                "inner_loss": float(height),
-                "outer_loss": float(np.mean([step.loss for step in steps])),
-                **_solves([step.report for step in steps]),
-            }
-            params = devices.one(state.params)
-            if held is not None:
-                row["held_acc"] = accuracy(params)
-            if hunt and held is not None and number == rounds - 1:
-                least = accuracy(given) - (config.budget if hunt.evidence.suspects else 0)
-                params, kept = roll_back(accuracy, given, params, least)
-            yield {**job.variables, "params": params}, row
-        advance(0, note_of(row))
+        if not goes_on:
+            break
+        state = devices.replicate(init(params, devices.one(state.key)))
     diagnostics = {"route": config.route, "route_reason": why} if why else {}
     if hunt is None:
         return Told(deltas=np.stack(deltas), diagnostics=diagnostics)
-    diagnostics |= hunt.told(hunt.after(params), kept)
+    diagnostics |= hunt.told(params, kept)
     return Told(np.stack(deltas), hunt.pictures(), diagnostics)
 
 

@@ -52,6 +52,7 @@ def render(found: Row, pictures: Mapping[str, np.ndarray]) -> str:
         about=f"{found['n_clean']} clean images of {found['dataset']}, seed {found['seed']}, "
         f"{found['seconds']:.0f} seconds.",
         verdict=found["verdict"],
+        target="none" if found["target"] is None else named(found, found["target"]),
         flagged=", ".join(named(found, i) for i in found["flagged"]) or "none",
         reason=found["reason"],
         head=head,

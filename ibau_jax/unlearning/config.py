@@ -58,6 +58,8 @@ class IBAUConfig:
       share: share of each outer batch that carries delta; at least one image always does.
       searched: share of each outer batch that carries what a search found (`unlearning.evidence`),
         and delta then leads to the labels that stand out in it; 0: nothing is searched.
+      stages: most passes through all rounds, where something is searched: what still stands out
+        after one is the matter of the next.
       distilled: share of the outer loss that is against the given model's own probabilities for
         the clean image.
       held_back: share of the clean set that nothing is trained on, to measure the accuracy.
@@ -90,6 +92,7 @@ class IBAUConfig:
     outer_steps: int | None = None
     share: float = 0.05
     searched: float = 0.0
+    stages: int = 3
     distilled: float = 0.0
     held_back: float = 0.0
     budget: float = 0.05
@@ -104,7 +107,8 @@ class IBAUConfig:
     def __post_init__(self):
         for name, options in _CHOICES.items():
             check_name(name, getattr(self, name), options)
-        for name in ("rounds", "batch_size", "inner_steps", "outer_steps", "hessian_images"):
+        counts = ("rounds", "batch_size", "inner_steps", "outer_steps", "hessian_images", "stages")
+        for name in counts:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} is {value}: expected a whole number of at least 1")

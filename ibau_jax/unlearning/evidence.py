@@ -74,20 +74,29 @@ class Evidence(NamedTuple):
 
     @property
     def suspects(self) -> tuple[int, ...]:
-        """What is held for targets, the strongest first; empty: nothing stands out.
+        """What reaches a level, the likeliest target first; empty: nothing stands out.
+
+        A backdoor makes a model weak on other labels too, up to a strength of 1: they fall with it
+        (experiments/default.md). What tells it from them is that all geometries lead to it.
 
         `UNTARGETED` alone stands for a rule that leads to many labels: what leads to one label is
         part of it then, or a weakness.
         """
         if _many(self.misled, self.alike) >= 1:
             return (UNTARGETED,)
-        order = np.argsort(-self.score, kind="stable")
+        support = (self.strength / _levels()).mean(0)
+        order = np.argsort(-support, kind="stable")
         return tuple(int(label) for label in order if self.score[label] >= 1)[:MOST]
 
     @property
     def flagged(self) -> list[int]:
         """The labels among the suspects."""
         return [label for label in self.suspects if label != UNTARGETED]
+
+    @property
+    def target(self) -> int | None:
+        """The likeliest one; None: nothing stands out, or many labels are led to."""
+        return self.flagged[0] if self.flagged else None
 
     @property
     def nearest(self) -> float:
@@ -105,7 +114,8 @@ class Evidence(NamedTuple):
     def reason(self) -> str:
         """Why, in a sentence."""
         scores = self.strength / _levels()
-        which, label = np.unravel_index(np.argmax(scores), scores.shape)
+        label = int(np.argmax(self.score)) if self.target is None else self.target
+        which = int(np.argmax(scores[:, label]))
         geometry = list(LEVELS)[which]
         best = (
             f"a {geometry.name} leads {self.strength[which, label]:.0%} of the images of other "
@@ -186,17 +196,15 @@ def rest(
     suspects: Sequence[int],
     *,
     key: jax.Array,
-) -> float:
-    """How near a fresh search comes to a level with one of the suspects: 1 reaches it."""
-    towards = [label for label in suspects if label != UNTARGETED]
-    scores = [0.0]
-    if towards:
-        found = search(params, clean, towards, key=key, among=list(LEVELS))
-        scores.append(float((found.strength / _levels()).max()))
+) -> dict[int, float]:
+    """How near a fresh search comes to a level with each of the suspects: 1 reaches it."""
     if UNTARGETED in suspects:
         found = search(params, clean, [UNTARGETED], key=key, among=[AWAY])
-        scores.append(_many(float(found.strength[0, 0]), alike(found.given[0, 0], found.true)))
-    return max(scores)
+        score = _many(float(found.strength[0, 0]), alike(found.given[0, 0], found.true))
+        return {UNTARGETED: score}
+    found = search(params, clean, suspects, key=key, among=list(LEVELS))
+    scores = (found.strength / _levels()).max(0)
+    return dict(zip(suspects, map(float, scores), strict=True))
 
 
 def looks(num_classes: int) -> int:
@@ -240,7 +248,9 @@ def rule() -> str:
     return (
         f"backdoored: one perturbation leads {levels} of the images of other labels to a label, or "
         f"{AWAY.name} lead {MISLED:.0%} of all to other labels, none of which gets "
-        f"{ALIKE:.0%} of them; uncertain: from {NEAR:.0%} of such a level on"
+        f"{ALIKE:.0%} of them; uncertain: from {NEAR:.0%} of such a level on. The likeliest "
+        "target is the label that comes nearest to the levels of all kinds together; others that "
+        "reach one can be targets too, or weaknesses that a backdoor brings with it"
     )
 
 

@@ -147,6 +147,7 @@ def test_inspect(capsys, digits_model, tmp_path, monkeypatch):
     assert all(set(row["strength"]) == names for row in found["labels"])
     flagged = [row["label"] for row in found["labels"] if row["score"] >= 1]
     assert found["all_to_all"] or sorted(found["flagged"]) == flagged
+    assert found["target"] == next(iter(found["flagged"]), None)
     page = (out / HTML).read_text()
     assert (
         found["verdict"] in page and page.count("<tr") == 12 and found["report"] == str(out / HTML)
