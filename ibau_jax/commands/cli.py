@@ -27,6 +27,7 @@ from ibau_jax.commands.options import (
     Coordinator,
     DataDir,
     DataName,
+    NoLabels,
     NumDevices,
     NumProcesses,
     OwnScenario,
@@ -158,6 +159,7 @@ def inspect(
     clean: Annotated[
         str | None, arg(help="clean images, for example 'test[:5000]', the default of CIFAR-10")
     ] = None,
+    no_labels: NoLabels = False,
     seed: Seed = 0,
     out: Annotated[
         Path | None, arg(help="folder of report.html; default: runs/MODEL-inspect-seedN")
@@ -177,8 +179,16 @@ def inspect(
     from ibau_jax.commands.inspect import inspect_model
     from ibau_jax.results.inspection import table
 
-    options = {"dataset": dataset, "clean": clean, "seed": seed, "out": out, "data_dir": data_dir}
-    found = inspect_model(model, **options, progress=True)
+    found = inspect_model(
+        model,
+        dataset=dataset,
+        clean=clean,
+        no_labels=no_labels,
+        seed=seed,
+        out=out,
+        data_dir=data_dir,
+        progress=True,
+    )
     finish(found, json, shown=table(found))
 
 
@@ -230,12 +240,13 @@ def defend(
     preset: Annotated[
         str | None,
         arg(
-            help="of ibau: default, algorithm1 or published; of the others: cpu (few steps) or "
-            "paper; default: the first"
+            help="of ibau: default, targeted, algorithm1 or published; of the others: cpu (few "
+            "steps) or paper; default: the first"
         ),
     ] = None,
     dataset: DataName = None,
     clean: Annotated[str | None, arg(help="split that the defense uses")] = None,
+    no_labels: NoLabels = False,
     split: Annotated[str | None, arg(help="split for evaluation, disjoint from --clean")] = None,
     rounds: Annotated[int | None, arg(help="passes over the clean set; default: preset's")] = None,
     poison_ratio: Annotated[
@@ -263,6 +274,7 @@ def defend(
         preset=preset,
         dataset=dataset,
         clean=clean,
+        no_labels=no_labels,
         split=split,
         rounds=rounds,
         poison_ratio=poison_ratio,

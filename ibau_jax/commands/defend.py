@@ -46,6 +46,7 @@ def defend(
     preset: str | None = None,
     dataset: str | None = None,
     clean: str | None = None,
+    no_labels: bool = False,
     split: str | None = None,
     rounds: int | None = None,
     poison_ratio: float | None = None,
@@ -62,6 +63,7 @@ def defend(
     With many processes the first one writes, and each returns the same.
 
     Args:
+      no_labels: the labels of the clean images are those that the model gives them.
       rounds: what a round is depends on the defense; mostly a pass over the clean set.
       poison_ratio: of the training set, for a defense that trains on it; None: as the model's
         file says.
@@ -86,6 +88,8 @@ def defend(
     split = split or info.split
     check_disjoint(clean or info.clean, split, info.sizes)
     clean_set = load(info.name, clean or info.clean, data_dir)
+    if no_labels:
+        clean_set = stored.relabelled(clean_set)
     held_out = load(info.name, split, data_dir)
     devices, first = mesh.devices(num_devices), processes.is_first()
     out = Path(out or Path("runs") / f"{Path(model).stem}-{defense}-{preset}-seed{seed}")
@@ -120,6 +124,7 @@ def defend(
         "preset": preset,
         "seed": seed,
         "n_clean": len(clean_set.labels),
+        "clean_labels": "predicted" if no_labels else "given",
         "poison_ratio": ratio,
         "device": jax.devices()[0].device_kind,
         "num_devices": len(devices.all),

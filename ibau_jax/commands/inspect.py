@@ -20,6 +20,7 @@ def inspect_model(
     *,
     dataset: str | None = None,
     clean: str | None = None,
+    no_labels: bool = False,
     seed: int = 0,
     out: str | Path | None = None,
     data_dir: str | Path | None = None,
@@ -29,11 +30,14 @@ def inspect_model(
 
     Args:
       clean: split of the data set, without the trigger.
+      no_labels: the labels of the clean images are those that the model gives them.
       out: folder of `report.html`.
     """
     stored = load_model(model)
     info = stored.data_info(dataset)
     data = load(info.name, clean or info.clean, data_dir)
+    if no_labels:
+        data = stored.relabelled(data)
     out = Path(out or Path("runs") / f"{Path(model).stem}-inspect-seed{seed}")
     make_folder(out, "out")
     started = time.perf_counter()
@@ -65,6 +69,7 @@ def inspect_model(
         "seconds": time.perf_counter() - started,
         "dataset": info.name,
         "n_clean": len(data.labels),
+        "clean_labels": "predicted" if no_labels else "given",
         "seed": seed,
         "model": str(model),
         "model_hash": stored.hash,

@@ -25,6 +25,9 @@ DataDir = Annotated[
 AsJson = Annotated[bool, arg(help="print one JSON object on stdout")]
 Seed = Annotated[int, arg(help="seed of everything that is random")]
 DataName = Annotated[str | None, arg(help=f"{DATASET_NAMES}; default: the model's own")]
+NoLabels = Annotated[
+    bool, arg(help="the clean images have no labels that count: take those that the model gives")
+]
 Target = Annotated[int | None, arg(help="label that triggered images shall get")]
 OwnScenario = Annotated[
     str | None,

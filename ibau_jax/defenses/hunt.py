@@ -24,9 +24,9 @@ from ibau_jax.unlearning.evidence import (
     rest,
 )
 from ibau_jax.unlearning.objective import Aim
-from ibau_jax.unlearning.search import Search, check_count, rule_of
+from ibau_jax.unlearning.search import Search, rule_of
 
-# Halfway through the first stage weaknesses have fallen below it, other targets have not yet.
+# On half the way that the first stage goes weaknesses have fallen below it, other targets have not.
 SMALLEST, STANDS = next(iter(LEVELS)), 0.4
 
 
@@ -35,11 +35,10 @@ class Hunt:
 
     The rounds make a stage. The first one unlearns the likeliest target alone: the weaknesses that
     a backdoor brings with it fall with it, and to unlearn them too would cost accuracy. Suspects
-    that still stood halfway, or stand after it, are the matter of the next stage.
+    that still stand halfway, or after it, are the matter of the next stage.
     """
 
     def __init__(self, job: Job, clean: Dataset, config: IBAUConfig, num_batches: int):
-        check_count(clean)
         logits = of_params(job.model, job.variables)
         self.job, self.clean, self.config, self.num_batches = job, clean, config, num_batches
         self.rounds = config.rounds or 1
@@ -68,8 +67,6 @@ class Hunt:
         """For the ascents of round `number` of a stage."""
         targets = self.targets or (UNTARGETED,)
         middle = -(-self.rounds // 2)
-        if number == middle < self.rounds and not self.stage:
-            self._check_halfway(params)
         if number in (0, middle) and self.targets:
             found = self.search(
                 params, self.clean, [*map(self._rule, targets)], key=self._new_key()
@@ -101,6 +98,8 @@ class Hunt:
         """After a stage: search once more; is there something left, and a stage to unlearn it?"""
         self._score(params)
         self.stage += 1
+        if self.stage == 1:
+            self._look_halfway(params)
         still = [label for label, score in self.left.items() if score >= 1]
         if self.stage == 1:
             still += [i for i, s in self.halfway.items() if s >= STANDS and i not in still]
@@ -109,8 +108,12 @@ class Hunt:
         self._unlearn(tuple(still))
         return True
 
-    def _check_halfway(self, params: Params) -> None:
-        """How strong the smallest windows are that lead to suspects which nobody unlearned yet."""
+    def _look_halfway(self, params: Params) -> None:
+        """How strong the smallest windows are that lead to suspects which nobody unlearned yet.
+
+        In the middle between the given parameters and those after the first stage.
+        """
+        params = jax.tree.map(lambda a, b: (a + b) / 2, self.job.variables["params"], params)
         if others := [label for label in self.evidence.suspects if label not in self.targets]:
             found = self.search(params, self.clean, others, key=self._new_key(), among=[SMALLEST])
             self.halfway = dict(zip(others, map(float, found.strength[0]), strict=True))

@@ -15,13 +15,14 @@ from ibau_jax.defenses.run import Job, Rounds, Told
 from ibau_jax.errors import InputError, first_line
 from ibau_jax.hypergradient import Direct, Report, needs_reverse_mode
 from ibau_jax.models.model import Logits, Params, of_params
-from ibau_jax.models.predict import predict, probabilities
+from ibau_jax.models.predict import predict, probabilities, usual_batch
 from ibau_jax.progress import note_of
 from ibau_jax.training.optimizers import shown
 from ibau_jax.unlearning.batches import make_batches, parted, resolve, shuffled
 from ibau_jax.unlearning.config import IBAUConfig
 from ibau_jax.unlearning.ibau import Step, ibau
 from ibau_jax.unlearning.objective import cross_entropy
+from ibau_jax.unlearning.search import check_count
 
 
 @method(IBAUConfig())
@@ -59,14 +60,22 @@ def unlearn(job: Job) -> Rounds:
     if config.shuffle:
         order_key, key = jax.random.split(key)
         clean = shuffled(clean, order_key)
-    taught = probabilities(logits)(params, clean.images) if config.distilled else None
+    if config.searched:
+        check_count(clean)
+    rounds, row = config.rounds or 1, {}
+    yield job.variables, row
+    taught = None
+    if config.distilled:
+        teach = probabilities(logits)
+        with job.compiling():
+            teach(params, clean.images[: usual_batch()])
+        taught = teach(params, clean.images)
     batches, sizes = make_batches(clean, config, devices, taught)
     algorithm = ibau(logits, config, len(sizes), devices.axis, job.program)
     with job.compiling():
         init = jax.jit(algorithm.init)
         state = devices.replicate(init(params, key))
         size = jax.jit(config.ball.size).lower(clean.images[0]).compile()
-    rounds = config.rounds or 1
     hunt = Hunt(job, clean, config, len(sizes)) if config.searched else None
     label, kept = predict(logits), 1.0
 
@@ -74,8 +83,6 @@ def unlearn(job: Job) -> Rounds:
         return float(np.mean(label(params, held.images) == held.labels)) if held else 1.0
 
     deltas: list[np.ndarray] = []
-    row: dict[str, Any] = {}
-    yield job.variables, row
     if hunt:
         hunt.look(params)
     for stage in itertools.count(1):

@@ -25,16 +25,22 @@ def probabilities(logits: Logits, batch_size: int | None = None) -> Run:
     return _in_batches(lambda *args: jax.nn.softmax(logits(*args)), batch_size)
 
 
+def usual_batch() -> int:
+    """The batch size that suits the backend's memory."""
+    return 20 if jax.default_backend() == "cpu" else 500
+
+
 def _in_batches(function: Callable, batch_size: int | None) -> Run:
-    if batch_size is None:
-        batch_size = 20 if jax.default_backend() == "cpu" else 500
+    batch_size = batch_size or usual_batch()
     compiled = jax.jit(function)
 
     def run(params, images):
         # Arrays of NumPy's and of a device are compiled for apart, and the former sent each time.
         params = jax.device_put(params, jax.local_devices()[0])
-        shape = jax.eval_shape(function, params, images[:1])
-        found = [np.empty((0, *shape.shape[1:]), shape.dtype)]
+        if not len(images):
+            shape = jax.eval_shape(function, params, images)
+            return np.empty(shape.shape, shape.dtype)
+        found = []
         for start in range(0, len(images), batch_size):
             batch = np.asarray(images[start : start + batch_size])
             short = batch_size - len(batch) if start else 0  # one shape, one compilation

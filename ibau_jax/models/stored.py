@@ -15,6 +15,7 @@ from ibau_jax.attacks import Attack, Network, poison_all
 from ibau_jax.data import DATASETS, DataInfo, Dataset, data_info, load
 from ibau_jax.errors import InputError
 from ibau_jax.models.model import Classifier
+from ibau_jax.models.predict import predict
 from ibau_jax.models.vgg import build
 
 IMAGE = (32, 32, 3)  # what the architectures read, so the shape of triggers
@@ -84,6 +85,10 @@ class StoredModel:
                 argument="dataset",
             )
         return info
+
+    def relabelled(self, data: Dataset) -> Dataset:
+        """The same images with the labels that the model gives them."""
+        return data._replace(labels=predict(self.classifier)(self.variables, data.images))
 
     def train_set(
         self, info: DataInfo, ratio: float | None = None, data_dir: str | Path | None = None

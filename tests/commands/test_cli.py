@@ -16,11 +16,13 @@ from PIL import Image
 from ibau_jax.attacks import Attack, Trigger, badnets_square, blend
 from ibau_jax.commands import attack_options, cli, defend, demo, evaluate
 from ibau_jax.commands.cli import main
+from ibau_jax.data import load
 from ibau_jax.defenses import Defense
 from ibau_jax.defenses.inversion import neural_cleanse
 from ibau_jax.defenses.inversion.neural_cleanse import NeuralCleanseConfig
 from ibau_jax.defenses.method import method
 from ibau_jax.models.files import load_model, save_model
+from ibau_jax.models.predict import predict
 from ibau_jax.models.stored import StoredModel
 from ibau_jax.results.metrics import Metrics
 from ibau_jax.results.rows import ARRAYS, HTML, PARTIAL, ROWS, read_rows
@@ -132,6 +134,28 @@ def test_evaluate_agrees_with_defend(capsys, defended):
     measured = json.loads(out)
     assert status == 0
     assert {k: measured[k] for k in found["after"]} == found["after"]
+
+
+def test_without_labels(capsys, digits_model, tmp_path, monkeypatch):
+    """They are those that the model gives."""
+    used = []
+
+    def looked(logits, variables, data, **kwargs):
+        used.append(data)
+        strength = np.zeros((len(evidence.LEVELS), 10))
+        return evidence.Evidence(strength, 0.0, 1.0, np.zeros(10, np.int32), [])
+
+    monkeypatch.setattr("ibau_jax.commands.inspect.inspect", looked)
+    command = ["inspect", "--model", digits_model, "--clean", "test[:20]", "--out", tmp_path]
+    for more, labels in ([["--no-labels"], "predicted"], [[], "given"]):
+        status, printed, err = run(capsys, *command, "--json", *more)
+        assert status == 0, err
+        assert json.loads(printed)["clean_labels"] == labels
+    stored, given = load_model(digits_model), load("digits", "test[:20]")
+    predicted = predict(stored.classifier)(stored.variables, given.images)
+    np.testing.assert_array_equal(used[0].labels, predicted)
+    np.testing.assert_array_equal(used[1].labels, given.labels)
+    assert np.any(predicted != given.labels)
 
 
 def test_inspect(capsys, digits_model, tmp_path, monkeypatch):

@@ -104,7 +104,6 @@ def test_what_is_left_of_the_suspects_is_the_matter_of_the_next_stage(
     at = Hunt(job, job.clean, replace(QUICK, stages=2), 5)
     at.look(job.variables["params"])
     assert at.targets == (1,)
-    at._check_halfway(job.variables["params"])
     for stage in range(len(left)):
         assert at.goes_on(job.variables["params"]) == (stage < len(left) - 1)
     told = at.told(job.variables["params"], 1.0)
