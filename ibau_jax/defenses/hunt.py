@@ -24,18 +24,17 @@ from ibau_jax.unlearning.evidence import (
     rest,
 )
 from ibau_jax.unlearning.objective import Aim
-from ibau_jax.unlearning.search import Search, rule_of
+from ibau_jax.unlearning.search import Search, kept_of, rule_of, share
 
-# On half the way that the first stage goes weaknesses have fallen below it, other targets have not.
-SMALLEST, STANDS = next(iter(LEVELS)), 0.4
+SMALLEST = next(iter(LEVELS))
 
 
 class Hunt:
     """What is searched for the rounds, and what it gave.
 
     The rounds make a stage. The first one unlearns the likeliest target alone: the weaknesses that
-    a backdoor brings with it fall with it, and to unlearn them too would cost accuracy. Suspects
-    that still stand halfway, or after it, are the matter of the next stage.
+    a backdoor brings with it fall with it, and to unlearn them too would cost accuracy. Where it
+    shows that there are other targets, all suspects are the matter of the next stage.
     """
 
     def __init__(self, job: Job, clean: Dataset, config: IBAUConfig, num_batches: int):
@@ -98,25 +97,28 @@ class Hunt:
         """After a stage: search once more; is there something left, and a stage to unlearn it?"""
         self._score(params)
         self.stage += 1
-        if self.stage == 1:
-            self._look_halfway(params)
         still = [label for label, score in self.left.items() if score >= 1]
-        if self.stage == 1:
-            still += [i for i, s in self.halfway.items() if s >= STANDS and i not in still]
+        if self.stage == 1 and self._other_targets(params):
+            still = [label for label in self.evidence.suspects if label not in self.targets]
         if not still or self.stage == self.config.stages:
             return False
         self._unlearn(tuple(still))
         return True
 
-    def _look_halfway(self, params: Params) -> None:
-        """How strong the smallest windows are that lead to suspects which nobody unlearned yet.
+    def _other_targets(self, params: Params) -> bool:
+        """Is there more than one target among the suspects?
 
-        In the middle between the given parameters and those after the first stage.
+        In the middle between the given parameters and those after the first stage no smallest
+        window that was found leads to a weakness any more; to another target it does.
         """
         params = jax.tree.map(lambda a, b: (a + b) / 2, self.job.variables["params"], params)
-        if others := [label for label in self.evidence.suspects if label not in self.targets]:
-            found = self.search(params, self.clean, others, key=self._new_key(), among=[SMALLEST])
-            self.halfway = dict(zip(others, map(float, found.strength[0]), strict=True))
+        few = Dataset(*(a[: kept_of(len(self.clean.labels))] for a in self.clean))
+        others = set(self.evidence.flagged) - set(self.targets)
+        for one in self.evidence.found:
+            if one.label in others and one.geometry == SMALLEST.name:
+                given = self.search.label(params, np.clip(few.images + one.delta, 0, 1))
+                self.halfway[one.label] = share(given, few.labels, one.label)
+        return max(self.halfway.values(), default=0) >= LEVELS[SMALLEST]
 
     def _score(self, params: Params) -> None:
         """How near a fresh search comes to a level with each suspect; see `Evidence.score`."""

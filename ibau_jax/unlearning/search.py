@@ -60,6 +60,8 @@ class Search:
       steps: of an ascent, each on `batch` images.
       starts: how many random perturbations are drawn for a geometry, looked at on `few` images.
       compiling: entered while it compiles, for example to take the time.
+
+    `label(params, images)` are the labels that the model gives.
     """
 
     def __init__(
@@ -78,7 +80,7 @@ class Search:
                 raise InputError(f"{name} is {value}: expected a whole number of at least 1")
         self.logits, self.geometries = logits, tuple(geometries)
         self.steps, self.batch, self.starts, self.few = steps, batch, starts, few
-        self._label, self._compiling = predict(logits), compiling
+        self.label, self._compiling = predict(logits), compiling
         self._programs: dict[Any, Callable] = {}
 
     def __call__(
@@ -135,7 +137,7 @@ class Search:
                     delta = self._run(ascend, params, *args)
                 delta = np.asarray(delta)
                 deltas.append(delta)
-                given.append(self._label(params, np.clip(held + delta, 0, 1)))
+                given.append(self.label(params, np.clip(held + delta, 0, 1)))
                 advance(1)
         shape = len(among), len(labels)
         found = np.asarray(given, np.int32).reshape(*shape, kept)
@@ -146,7 +148,7 @@ class Search:
 
     def warm(self, params: Params, clean: Dataset) -> None:
         """Compile what reads the labels."""
-        self._label(params, clean.images[: kept_of(len(clean.labels))])
+        self.label(params, clean.images[: kept_of(len(clean.labels))])
 
     def _run(self, function: Callable, *args: Any) -> Any:
         """`function(*args)`, compiled once for arguments of these shapes."""

@@ -4,7 +4,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -14,12 +13,12 @@ from conftest import MODEL, SQUARE, clean, measure, on_devices, small_model
 
 from ibau_jax import Dataset, IBAUConfig, InputError, unlearn
 from ibau_jax.defenses import hunt
-from ibau_jax.defenses.hunt import Hunt, roll_back
+from ibau_jax.defenses.hunt import SMALLEST, Hunt, roll_back
 from ibau_jax.defenses.run import Job
 from ibau_jax.devices.mesh import devices
 from ibau_jax.models.model import opened
 from ibau_jax.unlearning.batches import UNTARGETED
-from ibau_jax.unlearning.evidence import LEVELS, Evidence
+from ibau_jax.unlearning.evidence import LEVELS, Evidence, Perturbation
 from ibau_jax.unlearning.search import Search
 
 KEY = jax.random.key(0)
@@ -64,28 +63,14 @@ def test_a_budget_of_nothing_goes_back():
     assert measure(found.params)["acc"] > measure(small_model(0, True))["acc"] - 0.1
 
 
-class Fake:
-    """A search whose windows have the given strength."""
-
-    def __init__(self, strength):
-        self.strength = strength
-
-    def warm(self, *args):
-        pass
-
-    def __call__(self, params, clean, labels, *, among, **kwargs):
-        assert [g.name for g in among] == ["3x3 window"]
-        return SimpleNamespace(strength=np.array([[self.strength[label] for label in labels]]))
-
-
 @pytest.mark.parametrize(
     ("halfway", "left", "flagged", "verdict"),
     [
-        (0.1, [(0.3, 0.2)], [1], "cleaned"),  # label 0 fell with label 1
-        (0.1, [(1.2, 0.2), (0.3, 0.2)], [1], "cleaned"),  # once more
-        (0.1, [(0.3, 1.1), (0.3, 0.2)], [1, 0], "cleaned"),
-        (0.5, [(0.3, 0.2), (0.3, 0.2)], [1, 0], "cleaned"),  # it stood halfway
-        (0.5, [(1.2, 0.2), (1.2, 0.2)], [1, 0], "not-cleaned"),
+        (0.3, [(0.3, 0.2)], [1], "cleaned"),  # label 0 fell with label 1
+        (0.3, [(1.2, 0.2), (0.3, 0.2)], [1], "cleaned"),  # once more
+        (0.3, [(0.3, 1.1), (0.3, 0.2)], [1, 0], "cleaned"),
+        (0.9, [(0.3, 0.2), (0.3, 0.2)], [1, 0], "cleaned"),  # it stood halfway
+        (0.9, [(1.2, 0.2), (1.2, 0.2)], [1, 0], "not-cleaned"),
     ],
 )
 def test_what_is_left_of_the_suspects_is_the_matter_of_the_next_stage(
@@ -93,22 +78,36 @@ def test_what_is_left_of_the_suspects_is_the_matter_of_the_next_stage(
 ):
     strength = np.zeros((len(LEVELS), 10))
     strength[:, 1], strength[0, 0] = 0.8, 0.9  # label 0 is stronger, but by one geometry only
+    window = Perturbation(np.full((16, 16, 1), 0.5, np.float32), 0, 0.9, SMALLEST.name)
+    evidence = Evidence(strength, 0.0, 1.0, np.zeros(10, np.int32), [window])
+
+    class Fake:
+        """A search of a model that gives label 0 to so many images, in the middle of the way."""
+
+        def warm(self, *args):
+            pass
+
+        def label(self, params, images):
+            np.testing.assert_array_equal(jax.tree.leaves(params)[0], 0.5 * given[0])
+            return np.where(np.arange(len(images)) % 10 < 10 * halfway, 0, 5)
+
     scores = iter(left)
-    monkeypatch.setattr(hunt, "Search", lambda *args, **kwargs: Fake({0: halfway}))
-    monkeypatch.setattr(
-        hunt, "look", lambda *a, **k: Evidence(strength, 0.0, 1.0, np.zeros(10, np.int32), [])
-    )
+    monkeypatch.setattr(hunt, "Search", lambda *args, **kwargs: Fake())
+    monkeypatch.setattr(hunt, "look", lambda *args, **kwargs: evidence)
     monkeypatch.setattr(hunt, "rest", lambda *a, **k: dict(zip([1, 0], next(scores), strict=True)))
     model, variables = opened(MODEL, small_model(0, True))
     job = Job(model, variables, clean(), QUICK, KEY, devices(1), 10)
+    given = jax.tree.leaves(variables["params"])
+    end = jax.tree.map(lambda a: 0 * a, variables["params"])
     at = Hunt(job, job.clean, replace(QUICK, stages=2), 5)
-    at.look(job.variables["params"])
+    at.look(variables["params"])
     assert at.targets == (1,)
     for stage in range(len(left)):
-        assert at.goes_on(job.variables["params"]) == (stage < len(left) - 1)
-    told = at.told(job.variables["params"], 1.0)
+        assert at.goes_on(end) == (stage < len(left) - 1)
+    told = at.told(end, 1.0)
     assert told["suspects"] == [1, 0] and told["flagged"] == flagged
     assert told["stages"] == len(left) and told["verdict"] == verdict
+    assert told["halfway"]["0"] == pytest.approx(halfway, abs=0.1)
 
 
 def test_few_images():
