@@ -1,21 +1,24 @@
-"""The preset `targeted` on models of the zoo that the choice may see.
+"""The preset `targeted` on the models that the choice may see.
 
     python experiments/targeted.py run [--models cifar10-l0] [--seeds 0 1] [--change searched=0.2]
+    python experiments/targeted.py run --reference DIR --models BadNets
     python experiments/targeted.py table
 
-Evaluated on test[5000:7000] (these rows choose; they are no result). Needs CIFAR-10
-(TFDS_DATA_DIR).
+CIFAR-10's of the zoo and, from the folder of the published checkpoints, those. Evaluated on
+test[5000:7000] (these rows choose; they are no result). Needs CIFAR-10 and GTSRB (TFDS_DATA_DIR).
 Rows go to `experiments/results/targeted.jsonl` as they come; what is there already is left out.
 """
 
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import tyro
-from published_models import read
-from zoo import CIFAR10, prepare
+from published_models import MODELS as PUBLISHED
+from published_models import import_model, read
+from zoo import CIFAR10, prepare, prepare_file
 
 from ibau_jax import IBAUConfig, load, unlearn
 from ibau_jax.results.rows import write_rows
@@ -29,6 +32,8 @@ class Run:
     """Which cells."""
 
     models: tuple[str, ...] = CIFAR10
+    reference: Path | None = None
+    """Folder of the published models (checkpoints/, triggers/)."""
     seeds: tuple[int, ...] = (0,)
     change: tuple[str, ...] = ()
     """Settings that are not those of the preset, as name=value; `rate` is the outer one."""
@@ -45,7 +50,7 @@ def run(grid: Run) -> None:
         keys = ("model", "seed", "changes", "images")
         if any(tuple(row[k] for k in keys) == cell for row in done):
             continue
-        row = one(*cell)
+        row = one(grid.reference, *cell)
         write_rows(grid.out, [*read(grid.out), row])
         print(*row.values(), flush=True)
 
@@ -63,8 +68,14 @@ def changed(changes: str) -> IBAUConfig:
     return config
 
 
-def one(name: str, seed: int, changes: str, images: int) -> dict[str, Any]:
-    model, given, logits, measure = prepare(name)
+def one(reference: Path | None, name: str, seed: int, changes: str, images: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        reference = reference if name in PUBLISHED else None
+        model, given, logits, measure = (
+            prepare_file(import_model(reference, name, Path(folder)))
+            if reference
+            else prepare(name)
+        )
     clean = load(model.dataset, f"test[:{images}]")
     found = unlearn(logits, given, clean, config=changed(changes), key=jax.random.key(seed))
     before, after = measure(given), measure(found.params)
@@ -75,14 +86,17 @@ def one(name: str, seed: int, changes: str, images: int) -> dict[str, Any]:
         **{"targets": [attack.target for attack in model.attacks]},
         **{"acc_before": before.acc, "asr_before": before.asr},
         **{k: v for k, v in after.row().items() if k != "n"},
-        **{k: told[k] for k in ("verdict", "flagged", "searched", "left", "kept")},
+        **{
+            k: told[k]
+            for k in ("verdict", "flagged", "suspects", "stages", "searched", "left", "kept")
+        },
         **{"seconds": found.seconds, "device": jax.devices()[0].device_kind},
     }
 
 
 def table() -> None:
     """Print the table (Markdown)."""
-    print("| model | settings, seed | as given | after | ASR excl. | RA | flagged | verdict |")
+    print("| model | settings, seed | as given | after | ASR excl. | RA | unlearned | verdict |")
     print("|---|---|---|---|---|---|---|---|")
     for row in read(RESULTS):
         first = ", ".join(filter(None, [row["changes"], str(row["seed"])]))

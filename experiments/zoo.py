@@ -52,7 +52,12 @@ class Prepared(NamedTuple):
 
 def prepare(name: str) -> Prepared:
     """A model by its name; needs its data set (TFDS_DATA_DIR)."""
-    model = load_model(FOLDER / f"{name}.safetensors")
+    return prepare_file(FOLDER / f"{name}.safetensors")
+
+
+def prepare_file(path: Path) -> Prepared:
+    """A model that is not of the zoo."""
+    model = load_model(path)
     given = jax.tree.map(np.asarray, model.variables["params"])
     logits = evaluation_logits(model.classifier.module, model.variables)
     measure = evaluator(logits, load(model.dataset, "test[5000:7000]"), model.attacks)
