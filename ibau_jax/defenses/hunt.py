@@ -97,9 +97,12 @@ class Hunt:
         """After a stage: search once more; is there something left, and a stage to unlearn it?"""
         self._score(params)
         self.stage += 1
-        still = [label for label, score in self.left.items() if score >= 1]
-        if self.stage == 1 and self._other_targets(params):
-            still = [label for label in self.evidence.suspects if label not in self.targets]
+        more = self.stage == 1 and self._other_targets(params)
+        still = [
+            label
+            for label, score in self.left.items()
+            if score >= 1 or (more and label not in self.targets)
+        ]
         if not still or self.stage == self.config.stages:
             return False
         self._unlearn(tuple(still))
@@ -126,9 +129,10 @@ class Hunt:
         self.left = rest(self.search, params, self.clean, suspects, key=key) if suspects else {}
 
     def _unlearn(self, targets: tuple[int, ...]) -> None:
+        new = [label for label in targets if label not in self.unlearned]
         self.targets = targets
-        self.unlearned += [label for label in targets if label not in self.unlearned]
-        self.found += [one for one in self.evidence.found if one.label in targets]
+        self.unlearned += new
+        self.found += [one for one in self.evidence.found if one.label in new]
 
     def _new_key(self) -> jax.Array:
         self._key, key = jax.random.split(self._key)

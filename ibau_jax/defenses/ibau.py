@@ -37,12 +37,14 @@ def unlearn(job: Job) -> Rounds:
     are the last perturbations of the rounds. The diagnostics have `route` and `route_reason` where
     the model made it leave the route of its config.
 
-    Where the config searches (`searched`), `flagged` are the labels that stand out, `found` the
-    strongest perturbations towards them. The diagnostics have `verdict` (`cleaned`, `was-clean`,
-    `not-cleaned`) and `reason`; `misled` and `alike` of `unlearning.evidence.Evidence`; `searched`,
-    how many perturbations the rounds had; `left`, how near a fresh search comes to a level in the
-    end; `kept`, the share of the way that was gone: as far as the accuracy on held-back images
-    allows. A row has `held_acc`, that accuracy.
+    Where the config searches (`searched`), there are `stages` of all rounds, and `flagged` are the
+    labels that they unlearned, `found` the strongest perturbations towards them (see `Hunt`). The
+    diagnostics have `verdict` (`cleaned`, `was-clean`, `not-cleaned`) and `reason`; `suspects`, all
+    labels that stood out; `halfway`, how strong the windows towards others still were on half the
+    way back; `misled` and `alike` of `unlearning.evidence.Evidence`; `searched`, how many
+    perturbations the rounds had; `left`, how near a fresh search comes to a level in the end;
+    `kept`, the share of the way that was gone: as far as the accuracy on held-back images allows. A
+    row has `held_acc`, that accuracy.
     """
     devices, clean, key = job.devices, job.clean, job.key
     logits, params = of_params(job.model, job.variables), job.variables["params"]

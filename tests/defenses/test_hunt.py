@@ -70,6 +70,7 @@ def test_a_budget_of_nothing_goes_back():
         (0.3, [(1.2, 0.2), (0.3, 0.2)], [1], "cleaned"),  # once more
         (0.3, [(0.3, 1.1), (0.3, 0.2)], [1, 0], "cleaned"),
         (0.9, [(0.3, 0.2), (0.3, 0.2)], [1, 0], "cleaned"),  # it stood halfway
+        (0.9, [(1.2, 0.2), (0.3, 0.2)], [1, 0], "cleaned"),
         (0.9, [(1.2, 0.2), (1.2, 0.2)], [1, 0], "not-cleaned"),
     ],
 )
@@ -104,9 +105,13 @@ def test_what_is_left_of_the_suspects_is_the_matter_of_the_next_stage(
     assert at.targets == (1,)
     for stage in range(len(left)):
         assert at.goes_on(end) == (stage < len(left) - 1)
+        if not stage and len(left) == 2:  # what goes on is what still stands, and the others
+            stands = [label for label, score in zip([1, 0], left[0], strict=True) if score >= 1]
+            assert at.targets == tuple(sorted({*stands, *([0] if halfway > 0.6 else [])})[::-1])
     told = at.told(end, 1.0)
     assert told["suspects"] == [1, 0] and told["flagged"] == flagged
     assert told["stages"] == len(left) and told["verdict"] == verdict
+    assert at.found == [window] * (0 in flagged)  # once, however many stages
     assert told["halfway"]["0"] == pytest.approx(halfway, abs=0.1)
 
 
