@@ -148,28 +148,6 @@ def test_a_rule_leads_each_class_elsewhere():
     assert share(given, true, wanted) == 0.5
 
 
-def test_of_many_labels_the_few_are_ascended_that_starts_lead_to():
-    data = clean()
-    model, labels = small_model(0, True), range(10)
-    every = SEARCH(model, data, labels, key=KEY)
-    before = len(SEARCH._programs)
-    calls = []
-    run = SEARCH._run
-    SEARCH._run = lambda function, *args: (calls.append(function), run(function, *args))[1]
-    few = SEARCH(model, data, labels, key=KEY, most=3)
-    del SEARCH._run
-    ascents = [f for f in calls if getattr(f, "func", None) == SEARCH._ascend]
-    assert len(ascents) == 2 * 3 and len(SEARCH._programs) == before
-    same_as = np.array(
-        [
-            [np.array_equal(*pair) for pair in zip(a, b, strict=True)]
-            for a, b in zip(every.deltas, few.deltas, strict=True)
-        ]
-    )
-    assert same_as[:, SQUARE.target].all() and (same_as.sum(1) >= 3).all()
-    assert (few.strength <= 1).all() and few.strength[0].argmax() == SQUARE.target
-
-
 def test_few_images():
     data = clean()
     two = Dataset(data.images[:2], data.labels[:2])
