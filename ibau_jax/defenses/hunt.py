@@ -145,7 +145,7 @@ class Hunt:
         return np.array(rule_of(suspect, self.job.num_classes))
 
     def pictures(self) -> dict[str, np.ndarray]:
-        """The strongest perturbation towards each suspect, grey where it changes nothing."""
+        """The strongest perturbation towards each target, grey where it changes nothing."""
         best: dict[int, Perturbation] = {}
         for one in self.found:
             if one.label not in best or one.strength > best[one.label].strength:

@@ -109,13 +109,12 @@ def unlearn(job: Job) -> Rounds:
                     **_solves([step.report for step in steps]),
                 }
                 params = devices.one(state.params)
-                if held is not None:
-                    row["held_acc"] = accuracy(params)
                 ends = number == rounds - 1
                 goes_on = ends and hunt is not None and hunt.goes_on(params)
                 if ends and not goes_on and hunt and held is not None:
                     least = accuracy(given) - (config.budget if hunt.evidence.suspects else 0)
                     params, kept = roll_back(accuracy, given, params, least)
+                if held is not None:
                     row["held_acc"] = accuracy(params)
                 yield {**job.variables, "params": params}, row
             advance(0, note_of(row))
