@@ -25,6 +25,7 @@ AWAY, MISLED, ALIKE = pixels(9), 0.7, 0.4
 GEOMETRIES = (*LEVELS, AWAY, pixels(25), cosine(0.1))
 NEAR = 0.85  # of a level: uncertain from here on
 MOST = 7  # labels that are held for targets at once
+SHORTLIST = 12  # labels that are ascended towards, of any number
 WORTH = 0.2  # strength below which nothing is worth to be unlearned
 VERDICTS = ("backdoored", "uncertain", "clean")
 
@@ -159,7 +160,9 @@ def look(
     """
     keys = jax.random.split(key)
     labels, levels = range(num_classes), list(LEVELS)
-    towards = search(params, clean, labels, key=keys[0], among=levels, advance=advance)
+    towards = search(
+        params, clean, labels, key=keys[0], among=levels, most=SHORTLIST, advance=advance
+    )
     away = search(params, clean, [UNTARGETED], key=keys[1], among=[AWAY], advance=advance)
     misled, same = float(away.strength[0, 0]), alike(away.given[0, 0], away.true)
     found = collect(levels, labels, towards) + collect([AWAY], [UNTARGETED], away)

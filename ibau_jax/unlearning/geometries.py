@@ -94,11 +94,16 @@ def _in_window(picture: jax.Array, corner: Any, size: tuple[int, int]) -> jax.Ar
 
 
 def _windows(size: int, key: jax.Array, count: int, shape: tuple[int, int, int]) -> jax.Array:
-    """Random windows of extreme colours: each pixel its own, its own of grey, or one for all."""
+    """Random windows of extreme colours: each pixel its own, its own of grey, or one for all.
+
+    What would stick out is moved to the border: triggers are put there, and models answer to some
+    of them nowhere else (GTSRB BadNets: experiments/default.md).
+    """
     keys = jax.random.split(key, 4)
     inside = min(size, shape[0]), min(size, shape[1])
     room = jnp.array([shape[0] - inside[0] + 1, shape[1] - inside[1] + 1])
-    corners = jax.random.randint(keys[0], (count, 2), 0, room)
+    corners = jax.random.randint(keys[0], (count, 2), -size, room + size)
+    corners = jnp.clip(corners, 0, room - 1)
     colours = jax.random.rademacher(keys[1], (count, *shape), jnp.float32)
     colours = colours.at[1::3].set(colours[1::3, :, :, :1])
     solid = jax.random.rademacher(keys[2], (count, 1, 1, shape[2]), jnp.float32)

@@ -91,6 +91,7 @@ class Search:
         *,
         key: jax.Array,
         among: Sequence[Geometry] | None = None,
+        most: int | None = None,
         advance: Callable[[int], None] = lambda count: None,
     ) -> Found:
         """Search towards each of `labels`.
@@ -102,6 +103,8 @@ class Search:
             are held back to measure the strength.
           key: random key; decides the images and the starts.
           among: of the `geometries`; None: all.
+          most: so many labels at most are ascended towards, in each geometry those that the random
+            perturbations lead to best; of the others the best of these is measured. None: all.
           advance: called with 1 after each ascent.
         """
         check_count(clean)
@@ -125,10 +128,14 @@ class Search:
             number = names.index(geometry.name)
             drawn = self._starts(geometry, jax.random.fold_in(key, number), images)
             seen = self._run(self._look_at, params, drawn, few)
-            for rule in rules:
-                best = _heights(seen, few_true, rule[few_true]).argmax()
-                args = *stack, rule[stack[1]], np.int32(number), drawn[best]
-                delta = np.asarray(self._run(ascend, params, *args))
+            heights = [_heights(seen, few_true, rule[few_true]) for rule in rules]
+            shortlist = np.argsort([-h.max() for h in heights], kind="stable")[:most]
+            for i, rule in enumerate(rules):
+                delta = drawn[heights[i].argmax()]
+                if i in shortlist:
+                    args = *stack, rule[stack[1]], np.int32(number), delta
+                    delta = self._run(ascend, params, *args)
+                delta = np.asarray(delta)
                 deltas.append(delta)
                 given.append(self.label(params, np.clip(held + delta, 0, 1)))
                 advance(1)
