@@ -1,4 +1,4 @@
-"""What the implicit term buys: solvers of the hypergradient, all else as in the preset `default`.
+"""What the implicit term buys: solvers of the hypergradient in the preset `untargeted`.
 
     python experiments/ablation.py run --reference DIR
     python experiments/ablation.py table
@@ -81,7 +81,7 @@ def one(reference: Path, rounds: int, seed: int, name: str, method: str) -> dict
         model = load_model(import_model(reference, name, Path(folder)))
     logits = evaluation_logits(build(model.architecture, model.num_classes), model.variables)
     measure = evaluator(logits, load("cifar10", "test[5000:]"), model.attacks)
-    config = replace(IBAUConfig(), rounds=rounds, keep_diverged=True, **METHODS[method])
+    config = replace(IBAUConfig.untargeted(), rounds=rounds, keep_diverged=True, **METHODS[method])
     clean, key = load("cifar10", "test[:5000]"), jax.random.key(seed)
     started = time.perf_counter()
     result = unlearn(logits, model.variables["params"], clean, config=config, key=key)

@@ -5,9 +5,10 @@
     python experiments/baselines.py race --reference DIR [--model BadNets] [--against nad]
 
 `run` needs CIFAR-10 and GTSRB (TFDS_DATA_DIR) and the folder of the published checkpoints. Each
-defense runs with its default preset (of I-BAU `default`, of the others `cpu`). The rows of each
-run are written to `experiments/results/baselines.jsonl` as it ends; what is there already is left
-out, so it can be stopped and started again. `race` runs I-BAU and another defense in turn, for the
+defense runs with its default preset (of I-BAU `default`, of the others `cpu`); `ibau-untargeted` is
+what was the default of I-BAU before it searched. The rows of each run are written to
+`experiments/results/baselines.jsonl` as it ends; what is there already is left out, so it can be
+stopped and started again. `race` runs I-BAU and another defense in turn, for the
 seconds that each takes until ASR is below 20 % (the paper's Table 6) with at most 10 points of ACC
 lost, without compilation.
 """
@@ -35,6 +36,9 @@ FROM_ZOO = (
     *("cifar10-seven-target", "gtsrb-all-to-all", "gtsrb-trojan-square"),
 )
 MODELS = (*PUBLISHED, *FROM_ZOO)
+# What was the default of I-BAU before it searched is beside the others under a name of its own.
+UNTARGETED = "ibau-untargeted"
+METHODS = ("ibau", UNTARGETED, *(name for name in DEFENSES if name != "ibau"))
 # ACC and ASR in %: Table 1 for CIFAR-10, Table 2 for GTSRB (which has neither NC nor DI).
 PAPER = {
     "BadNets": {
@@ -71,7 +75,7 @@ class Run:
 
     reference: Path
     """Folder of the published models (checkpoints/, triggers/)."""
-    defenses: tuple[str, ...] = tuple(DEFENSES)
+    defenses: tuple[str, ...] = METHODS
     models: tuple[str, ...] = MODELS
     seeds: tuple[int, ...] = (0,)
     out: Path = RESULTS
@@ -86,6 +90,7 @@ def run(grid: Run) -> None:
     cells = [(m, d, s) for s in grid.seeds for d in grid.defenses for m in grid.models]
     for name, defense, seed in cells:
         check_name("model", name, MODELS)
+        check_name("defense", defense, METHODS)
         cell = name, defense, seed
         if not grid.again and any(key(row) == cell for row in read(grid.out)):
             continue
@@ -100,9 +105,11 @@ def one(reference: Path, name: str, defense: str, seed: int) -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
         zoo = name in FROM_ZOO
         path = ZOO / f"{name}.safetensors" if zoo else import_model(reference, name, Path(folder))
+        defense, *preset = defense.rsplit("-", 1) if defense == UNTARGETED else (defense,)
         found = defend.defend(
             path,
             defense=defense,
+            preset=preset[0] if preset else None,
             seed=seed,
             out=Path(folder) / "run",
             poison_ratio=POISON_RATIO if DEFENSES[defense].train_set and not zoo else None,
@@ -116,7 +123,8 @@ def one(reference: Path, name: str, defense: str, seed: int) -> list[dict]:
 
 
 def key(row: dict) -> tuple:
-    return row["experiment"], row["defense"], row["seed"]
+    method = UNTARGETED if row["preset"] == "untargeted" else row["defense"]
+    return row["experiment"], method, row["seed"]
 
 
 def effective(rows: list[dict], asr: float = 0.2, drop: float = 0.1) -> tuple[float, int] | None:
@@ -170,12 +178,12 @@ def table() -> None:
     print("|---|---|---|---|---|---|---|---|---|---|---|---|")
     for name in MODELS:
         paper = PAPER.get(name, {})
-        for defense in ("none", *DEFENSES):
-            rows = runs.get((name, "ibau" if defense == "none" else defense, 0))
+        for defense in ("none", *METHODS):
+            rows = runs.get((name, UNTARGETED if defense == "none" else defense, 0))
             if rows is None:
                 continue
             row = rows[0] if defense == "none" else rows[-1]
-            acc, asr = paper.get(defense, (None, None))
+            acc, asr = paper.get(defense.removesuffix("-untargeted"), (None, None))
             values = [
                 *(f"{row['acc']:.3f}", percent(acc), f"{row['asr']:.3f}", percent(asr)),
                 *(f"{row['asr_excl']:.3f}", f"{row['ra']:.3f}"),
@@ -197,7 +205,7 @@ def means(runs: dict[tuple, list[dict]]) -> None:
         "| defense | runs | models | fall of ACC | ASR | ASR excl. | RA | DER | seconds | failed |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|")
-    for defense in DEFENSES:
+    for defense in METHODS:
         found = {k: rows for k, rows in runs.items() if k[1] == defense and k[0] in MODELS}
         if not found:
             continue

@@ -202,13 +202,13 @@ def agreement(settings: Settings) -> dict:
 
 
 def defend(settings: Settings) -> dict:
-    """`default` and `published` on the zoo's BadNets: ACC, ASR, seconds."""
+    """`untargeted` and `published` on the zoo's BadNets: ACC, ASR, seconds."""
     model, logits, clean, held_back = badnets(settings)
     measure = evaluator(logits, held_back, model.attacks)
     before = measure(model.variables["params"])
     found: dict[str, Any] = {"before": before.row()}
     found["evaluation"] = timed(partial(measure, model.variables["params"]), 3)
-    for preset in ("default", "published"):
+    for preset in ("untargeted", "published"):
         config = PRESETS[preset]("cifar10")
         config = replace(config, rounds=1, inner_steps=2) if settings.tiny else config
         for name, precision in RATES.items():
@@ -280,13 +280,13 @@ def train_vs_torch(settings: Settings) -> dict:
 
 
 def memory(settings: Settings) -> dict:
-    """Images a second and memory of an outer step of `default`, by batch size.
+    """Images a second and memory of an outer step of `untargeted`, by batch size.
 
     `peak_bytes` is of the process so far, what trying out kernels took included.
     """
     found: dict[str, Any] = {}
     for size in (8,) if settings.tiny else (100, 1000, 8000):
-        ascend, descend, programs = step_of(settings, PRESETS["default"]("cifar10"), size)
+        ascend, descend, programs = step_of(settings, PRESETS["untargeted"]("cifar10"), size)
         for name, run, program in zip(("ascent", "step"), (ascend, descend), programs, strict=True):
             work = 5 * size if name == "ascent" else size
             found[f"{name}_{size}_images_per_second"] = work / timed(run)
@@ -313,8 +313,10 @@ def roofline(settings: Settings) -> dict:
 
 
 def trace(settings: Settings) -> dict:
-    """The ten kernels that an outer step of `default` spends most time in, in ms a step."""
-    _, descend, _ = step_of(settings, PRESETS["default"]("cifar10"), 20 if settings.tiny else 100)
+    """The ten kernels that an outer step of `untargeted` spends most in, in ms a step."""
+    _, descend, _ = step_of(
+        settings, PRESETS["untargeted"]("cifar10"), 20 if settings.tiny else 100
+    )
     jax.block_until_ready(descend())
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):

@@ -1,4 +1,4 @@
-"""Parts of newer methods, each alone inside `unlearn`, all else as in the preset `default`.
+"""Parts of newer methods, each alone inside `unlearn`, all else as in the preset `untargeted`.
 
     python experiments/parts.py run [--models cifar10-l0] [--parts pam distilled]
     python experiments/parts.py table
@@ -32,7 +32,7 @@ import tyro
 from published_models import read
 from zoo import prepare
 
-from ibau_jax import load, unlearn
+from ibau_jax import IBAUConfig, load, unlearn
 from ibau_jax.defenses.ft_sam import ascent
 from ibau_jax.defenses.sau import divergence
 from ibau_jax.errors import InputError, check_name
@@ -222,7 +222,8 @@ def one(name: str, part: str, seed: int) -> dict[str, Any]:
 
     mocks = {"make_loss": make_loss, "make_inner": make_inner, "patch": marked}
     with mock.patch.multiple(ibau, **mocks):
-        found = unlearn(logits, given, clean, key=key)
+        config = IBAUConfig.untargeted()
+        found = unlearn(logits, given, clean, config=config, key=key)
     before, after = measure(given), measure(found.params)
     fields = ("acc", "asr", "asr_excl", "ra")
     jax.clear_caches()

@@ -1,6 +1,6 @@
-"""The three presets of I-BAU on the five published models: the README's table.
+"""The presets of I-BAU on the five published models: the README's table.
 
-    python experiments/published_models.py run --reference DIR [--presets default published]
+    python experiments/published_models.py run --reference DIR [--presets untargeted published]
     python experiments/published_models.py table
 
 `run` needs CIFAR-10 and GTSRB (TFDS_DATA_DIR) and the folder of the published checkpoints. It
@@ -38,7 +38,7 @@ class Run:
 
     reference: Path
     """Folder of the published models (checkpoints/, triggers/)."""
-    presets: tuple[str, ...] = ("default", "published", "algorithm1")
+    presets: tuple[str, ...] = ("default", "untargeted", "published", "algorithm1")
     seeds: tuple[int, ...] = (0, 1, 2)
     models: tuple[str, ...] = tuple(MODELS)
 
@@ -98,7 +98,7 @@ def table() -> None:
     print("| model | preset | rounds | ACC before | ACC | ASR | ASR excl. | seconds |")
     print("|---|---|---|---|---|---|---|---|")
     for name in MODELS:
-        for preset in ("default", "published", "algorithm1"):
+        for preset in ("default", "untargeted", "published", "algorithm1"):
             if (name, preset) not in cells:
                 continue
             group = cells[name, preset]

@@ -57,7 +57,7 @@ def run(grid: Run) -> None:
 
 def changed(changes: str) -> IBAUConfig:
     """The preset with the settings of `changes`."""
-    config = IBAUConfig.targeted()
+    config = IBAUConfig()
     for name, value in (change.split("=") for change in changes.split()):
         if name == "rate":
             outer = Adam(float(value), schedule="cosine", clip=1.0)

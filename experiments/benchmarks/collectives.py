@@ -2,7 +2,7 @@
 
     python experiments/benchmarks/collectives.py [--json]
 
-Compiles the preset `default` for the paper's VGG on eight forced CPU devices and reads the
+Compiles the preset `untargeted` for the paper's VGG on eight forced CPU devices and reads the
 all-reduces from the HLO. The times for more devices are a prediction on paper, from these
 messages, the FLOPs (`roofline.py`), and the rates given as arguments; nothing of it is measured.
 
@@ -56,7 +56,7 @@ def messages(batch_size: int) -> tuple[list[int], list[int], int]:
     module = build("vgg", 10)
     variables = jax.jit(module.init)(jax.random.key(0), images[:1])
     logits, params = evaluation_logits(module, variables), variables["params"]
-    config = resolve(IBAUConfig(), logits, params, images, len(on.all))
+    config = resolve(IBAUConfig.untargeted(), logits, params, images, len(on.all))
     batches, numbers = make_batches(clean, config, on)
     algorithm = ibau(logits, config, len(numbers), on.axis)
     state = on.replicate(algorithm.init(params, jax.random.key(0)))

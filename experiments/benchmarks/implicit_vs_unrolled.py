@@ -4,7 +4,7 @@
 
 The same projected ascent of T steps on the paper's VGG (random weights: cost does not depend on
 them), then the gradient of the outer loss in the parameters: by the implicit hypergradient
-(damped normal CG, as in the preset `default`), by reverse mode through the steps, and by reverse
+(damped normal CG, as in the preset `untargeted`), by reverse mode through the steps, and by reverse
 mode with `jax.checkpoint` around each step. Every cell runs in a process of its own. Memory is
 what XLA allocates for intermediate values (exact), and the process's largest resident set.
 """
@@ -14,7 +14,7 @@ import resource
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +56,8 @@ def one(settings: Settings, method: str, steps: int) -> dict:
     rng = np.random.default_rng(0)
     module = build("vgg", 10)
     variables = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
-    config = IBAUConfig(microbatch=10 if jax.default_backend() == "cpu" else None)
+    microbatch = 10 if jax.default_backend() == "cpu" else None
+    config = replace(IBAUConfig.untargeted(), microbatch=microbatch)
     batch = Batch(
         images=jnp.array(rng.uniform(size=(count, 32, 32, 3)), jnp.float32),
         labels=jnp.array(rng.integers(0, 10, count)),

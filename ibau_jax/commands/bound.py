@@ -26,12 +26,12 @@ def bound(
     xi: float = 0.05,
     data_dir: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Theorem 3 on a model: every term, at the perturbation that the default's ascent finds."""
+    """Theorem 3 on a model: every term, at the perturbation that the untargeted ascent finds."""
     loaded = load_model(model)
     info = loaded.data_info(dataset)
     data = load(info.name, clean or info.clean, data_dir)
     logits, params = of_params(loaded.classifier, loaded.variables), loaded.variables["params"]
-    config = resolve(replace(IBAUConfig(), radius=radius), logits, params, data.images)
+    config = resolve(replace(IBAUConfig.untargeted(), radius=radius), logits, params, data.images)
     batches, sizes = make_batches(shuffled(data, jax.random.key(0)), config)
     delta, _ = ibau(logits, config, len(sizes)).ascend(params, batches, 0)
     found = vgg_bound(

@@ -240,7 +240,7 @@ def defend(
     preset: Annotated[
         str | None,
         arg(
-            help="of ibau: default, targeted, algorithm1 or published; of the others: cpu (few "
+            help="of ibau: default, untargeted, algorithm1 or published; of the others: cpu (few "
             "steps) or paper; default: the first"
         ),
     ] = None,

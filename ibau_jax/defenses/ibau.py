@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ibau_jax.data import Dataset
-from ibau_jax.defenses.hunt import Hunt, roll_back
+from ibau_jax.defenses.hunt import Hunt, bearable, roll_back
 from ibau_jax.defenses.method import method
 from ibau_jax.defenses.run import Job, Rounds, Told
 from ibau_jax.errors import InputError, first_line
@@ -81,8 +82,8 @@ def unlearn(job: Job) -> Rounds:
     hunt = Hunt(job, clean, config, len(sizes)) if config.searched else None
     label, kept = predict(logits), 1.0
 
-    def accuracy(params: Params) -> float:
-        return float(np.mean(label(params, held.images) == held.labels)) if held else 1.0
+    def right(params: Params) -> np.ndarray:
+        return label(params, held.images) == held.labels if held else np.ones(0, bool)
 
     deltas: list[np.ndarray] = []
     if hunt:
@@ -112,10 +113,11 @@ def unlearn(job: Job) -> Rounds:
                 ends = number == rounds - 1
                 goes_on = ends and hunt is not None and hunt.goes_on(params)
                 if ends and not goes_on and hunt and held is not None:
-                    least = accuracy(given) - (config.budget if hunt.evidence.suspects else 0)
-                    params, kept = roll_back(accuracy, given, params, least)
+                    budget = config.budget if hunt.evidence.suspects else None
+                    bears = partial(bearable, right, given, budget=budget)
+                    params, kept = roll_back(bears, given, params)
                 if held is not None:
-                    row["held_acc"] = accuracy(params)
+                    row["held_acc"] = float(right(params).mean())
                 yield {**job.variables, "params": params}, row
             advance(0, note_of(row))
         if not goes_on:

@@ -16,7 +16,7 @@ the first one of 500 images sends three quarters of what it fools to class 2 and
 So it lies in the method that ASR falls slowly and erratically.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -64,7 +64,8 @@ class Naive:
     @property
     def outer(self) -> IBAUConfig:
         """The training step: I-BAU's own without its implicit term; patched images are clipped."""
-        return IBAUConfig(
+        return replace(
+            IBAUConfig.untargeted(),
             rounds=self.rounds,
             batch_size=self.batch_size,
             share=self.share,

@@ -1,6 +1,6 @@
 """H of equation (1) on batches of clean images, some of which carry the perturbation.
 
-And what the preset `targeted` makes of it: perturbations that a search found beside delta, a delta
+And what the default makes of it: perturbations that a search found beside delta, a delta
 that leads to a label, the given model's own probabilities.
 """
 

@@ -32,7 +32,9 @@ SEARCH = {
     "steps": 3, "batches": 1, "labels_at_once": 4, "success": 0.0, "threshold": 0.1, "tuning": ONE
 }  # fmt: skip
 QUICK = {  # of defenses that take long, settings for the contract
-    "ibau": IBAUConfig(rounds=2, batch_size=40, inner_steps=5, radius=2.0, microbatch=None),
+    "ibau": replace(
+        IBAUConfig.untargeted(), rounds=2, batch_size=40, inner_steps=5, radius=2.0, microbatch=None
+    ),
     "finetune": ONE,
     "neural-cleanse": NeuralCleanseConfig(**SEARCH),
     "tabor": TaborConfig(**SEARCH, gap=0.0),
@@ -203,9 +205,9 @@ def test_a_sorted_clean_set_is_shuffled():
         return images.reshape(len(images), -1) @ params
 
     def accuracy(shuffle: bool) -> float:
-        config = IBAUConfig(
-            rounds=1, batch_size=10, shuffle=shuffle, inner_steps=2, radius=0.01, microbatch=None,
-            outer_optimizer=SGD(10.0),
+        config = replace(
+            IBAUConfig.untargeted(), rounds=1, batch_size=10, shuffle=shuffle, inner_steps=2,
+            radius=0.01, microbatch=None, outer_optimizer=SGD(10.0),
         )  # fmt: skip
         params = np.zeros((4, 4), np.float32)
         found = unlearn(logits, params, Dataset(images, labels), config=config, key=KEY).params
@@ -227,7 +229,7 @@ def test_a_plain_function_sees_and_keeps_its_precision(name, kind, linear):
 
     data = Dataset(data.images.tolist(), data.labels.tolist())
     config = {
-        "ibau": IBAUConfig(rounds=1, batch_size=8, inner_steps=2),
+        "ibau": replace(IBAUConfig.untargeted(), rounds=1, batch_size=8, inner_steps=2),
         "finetune": replace(ONE, batch_size=8),
         "naive": Naive(rounds=1, images=8, batch_size=8),
     }[name]

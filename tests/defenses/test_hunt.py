@@ -1,4 +1,4 @@
-"""The preset `targeted`: what it searches for, how far it goes, and what it says in the end."""
+"""The search in I-BAU: what it searches for, how far it goes, and what it says in the end."""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ from conftest import MODEL, SQUARE, clean, measure, on_devices, small_model
 
 from ibau_jax import Dataset, IBAUConfig, InputError, unlearn
 from ibau_jax.defenses import hunt
-from ibau_jax.defenses.hunt import SMALLEST, Hunt, roll_back
+from ibau_jax.defenses.hunt import SMALLEST, Hunt, bearable, roll_back
 from ibau_jax.defenses.run import Job
 from ibau_jax.devices.mesh import devices
 from ibau_jax.models.model import opened
@@ -22,7 +22,7 @@ from ibau_jax.unlearning.evidence import LEVELS, Evidence, Perturbation
 from ibau_jax.unlearning.search import Search
 
 KEY = jax.random.key(0)
-QUICK = replace(IBAUConfig.targeted(), rounds=6, batch_size=40, inner_steps=5, microbatch=None)
+QUICK = replace(IBAUConfig(), rounds=6, batch_size=40, inner_steps=5, microbatch=None)
 
 
 @pytest.fixture(autouse=True)
@@ -37,9 +37,28 @@ def shorten(change):
 @pytest.mark.parametrize(("least", "share"), [(0.2, 1.0), (0.75, 0.5), (2.0, 0.0)])
 def test_roll_back_goes_as_far_as_it_may(least, share):
     given, params = {"w": np.ones(3)}, {"w": np.full(3, 0.5)}
-    kept, found = roll_back(lambda p: float(p["w"].mean()), given, params, least)
+    kept, found = roll_back(lambda p: p["w"].mean() >= least, given, params)
     assert found == share
     np.testing.assert_allclose(kept["w"], 1 - 0.5 * share)
+
+
+@pytest.mark.parametrize(
+    ("lost", "won", "budget", "bears"),
+    [
+        (10, 0, 0.1, True),
+        (13, 0, 0.1, True),  # the error is .036
+        (14, 0, 0.1, False),
+        (40, 30, 0.02, True),  # .08 of error
+        (40, 29, 0.02, False),
+        (1, 1, None, True),
+        (1, 0, None, False),
+    ],
+)
+def test_of_accuracy_no_more_is_lost_than_the_budget_beyond_doubt(lost, won, budget, bears):
+    before, after = np.ones(100, bool), np.ones(100, bool)
+    after[:lost] = before[lost : lost + won] = False
+    right = {"before": before, "after": after}.__getitem__
+    assert bearable(right, "before", "after", budget=budget) == bears
 
 
 def test_it_removes_a_backdoor_and_says_so():

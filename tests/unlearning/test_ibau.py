@@ -22,7 +22,7 @@ from ibau_jax.unlearning.ibau import ibau
 from ibau_jax.unlearning.objective import clip_images, make_loss, patch
 
 KEY = jax.random.key(0)
-SMALL = replace(IBAUConfig(), rounds=2, batch_size=8, inner_steps=4, hessian_images=4)
+SMALL = replace(IBAUConfig.untargeted(), rounds=2, batch_size=8, inner_steps=4, hessian_images=4)
 
 
 def poisoned_mlp(seed=0):
@@ -79,7 +79,8 @@ def test_cleans_a_model_that_is_not_of_this_package():
     held_out = Dataset(data.images[100:], data.labels[100:])
     acc, asr = rates(logits, params, held_out, stamp)
     assert acc > 0.95 and asr > 0.95
-    config = IBAUConfig(
+    config = replace(
+        IBAUConfig.untargeted(),
         rounds=20,
         batch_size=20,
         radius=1.0,
@@ -175,7 +176,7 @@ def test_microbatches_change_nothing(linear, microbatch, x64):
 def test_batches_hold_each_image_once(count, batch, micro):
     images = np.linspace(0, 1, count, dtype=np.float32).reshape(-1, 1, 1, 1)
     batch = min(batch, count)
-    config = replace(IBAUConfig(), batch_size=batch, microbatch=micro)
+    config = replace(IBAUConfig.untargeted(), batch_size=batch, microbatch=micro)
     stack, sizes = make_batches(Dataset(images, np.arange(count)), config)
     real = np.asarray(stack.weights) > 0
     np.testing.assert_array_equal(np.asarray(stack.labels)[real], np.arange(count))
@@ -367,7 +368,9 @@ def test_the_microbatch_bounds_the_memory_of_a_step():
 
     def memory(images: int, microbatch: int | None) -> int:
         clean = Dataset(data.images[:images], data.labels[:images])
-        config = replace(IBAUConfig(), batch_size=images, microbatch=microbatch, rounds=1)
+        config = replace(
+            IBAUConfig.untargeted(), batch_size=images, microbatch=microbatch, rounds=1
+        )
         batches, sizes = make_batches(clean, config)
         algorithm = ibau(logits, config, len(sizes))
         state = algorithm.init(params, jax.random.key(0))

@@ -1,4 +1,4 @@
-"""The objective of the preset `targeted`: what is marked, where it leads, what is asked of it."""
+"""The objective of the preset `default`: what is marked, where it leads, what is asked of it."""
 
 from dataclasses import replace
 
@@ -13,7 +13,7 @@ from ibau_jax import IBAUConfig
 from ibau_jax.unlearning.batches import UNTARGETED, Batch
 from ibau_jax.unlearning.objective import Aim, aimed, make_leading, make_loss, spread
 
-CONFIG = replace(IBAUConfig.targeted(), microbatch=None)
+CONFIG = replace(IBAUConfig(), microbatch=None)
 RNG = np.random.default_rng(0)
 W = RNG.normal(size=(12, 3)).astype(np.float32)
 

@@ -16,7 +16,7 @@ from ibau_jax.models.model import evaluation_logits
 from ibau_jax.models.vgg import VGG
 
 KEY = jax.random.key(0)
-SMALL = replace(IBAUConfig(), rounds=1, batch_size=8, inner_steps=3, hessian_images=4)
+SMALL = replace(IBAUConfig.untargeted(), rounds=1, batch_size=8, inner_steps=3, hessian_images=4)
 
 
 @jax.custom_vjp
