@@ -66,21 +66,8 @@ class Hunt:
     def aims(self, number: int, params: Params) -> list[Aim]:
         """For the ascents of round `number` of a stage."""
         targets = self.targets or (UNTARGETED,)
-        middle = -(-self.rounds // 2)
-        if number in (0, middle) and self.targets:
-            known: dict[str, list[np.ndarray]] = {}
-            for one in self.found:
-                if one.label in targets:
-                    known.setdefault(one.geometry, []).append(one.delta)
-            found = self.search(
-                params,
-                self.clean,
-                [*map(self._rule, targets)],
-                key=self._new_key(),
-                starts=AGAIN,
-                known=known,
-            )
-            self.found += collect(GEOMETRIES, targets, found)
+        if number in (0, -(-self.rounds // 2)) and self.targets:
+            self._search_again(params)
         newest = self.found[-self.room :]
         pool = np.zeros((self.room, *self.clean.images.shape[1:]), self.clean.images.dtype)
         rules = np.full((self.room, self.job.num_classes), UNTARGETED, np.int32)
@@ -102,6 +89,17 @@ class Hunt:
             start = starts[turn % len(starts)].delta if from_found and starts else 0 * pool[0]
             aims.append(Aim(*self.job.devices.replicate((self._rule(label), start)), *shared))
         return aims
+
+    def _search_again(self, params: Params) -> None:
+        """Towards the targets, also from what was found before."""
+        known: dict[str, list[np.ndarray]] = {}
+        for one in self.found:
+            if one.label in self.targets:
+                known.setdefault(one.geometry, []).append(one.delta)
+        rules = [self._rule(label) for label in self.targets]
+        settings = {"key": self._new_key(), "starts": AGAIN, "known": known}
+        found = self.search(params, self.clean, rules, **settings)
+        self.found += collect(GEOMETRIES, self.targets, found)
 
     def goes_on(self, params: Params) -> bool:
         """After a stage: search once more; is there something left, and a stage to unlearn it?"""
