@@ -82,6 +82,7 @@ def ablate(grid: Ablate) -> None:
 ABLATED = ("cifar10-badnets", "cifar10-l0", "cifar10-smooth", "cifar10-trojan-watermark")
 ABLATION: tuple[tuple[str, ...], ...] = (
     (),
+    ("mixed=0",),
     ("distilled=0",),
     ("searched=0.0001",),  # searched for, and delta leads there, but no image carries it
     ("searched=0.05",),

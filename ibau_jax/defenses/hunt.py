@@ -26,7 +26,7 @@ from ibau_jax.unlearning.evidence import (
 from ibau_jax.unlearning.objective import Aim
 from ibau_jax.unlearning.search import Search, kept_of, rule_of, share
 
-SMALLEST = next(iter(LEVELS))
+MOST_OF_THE_WAY = 0.7
 AGAIN = 100  # starts of a search in the rounds, which knows what was found before
 
 
@@ -47,7 +47,7 @@ class Hunt:
         self.found: list[Perturbation] = []
         self.stage, self.targets, self.unlearned = 0, (), []
         self.left: dict[int, float] = {}
-        self.halfway: dict[int, float] = {}
+        self.late: dict[int, float] = {}
 
     def look(self, params: Params) -> None:
         """Search the given model; before all else."""
@@ -119,17 +119,20 @@ class Hunt:
     def _other_targets(self, params: Params) -> bool:
         """Is there more than one target among the suspects?
 
-        In the middle between the given parameters and those after the first stage no smallest
-        window that was found leads to a weakness any more; to another target it does.
+        When most of the way from the given parameters to those after the first stage is gone, what
+        was found leads to the weaknesses no more; to another target it does.
         """
-        params = jax.tree.map(lambda a, b: (a + b) / 2, self.job.variables["params"], params)
+        given = self.job.variables["params"]
+        params = jax.tree.map(lambda a, b: a + MOST_OF_THE_WAY * (b - a), given, params)
         few = Dataset(*(a[: kept_of(len(self.clean.labels))] for a in self.clean))
+        levels = {geometry.name: level for geometry, level in LEVELS.items()}
         others = set(self.evidence.flagged) - set(self.targets)
         for one in self.evidence.found:
-            if one.label in others and one.geometry == SMALLEST.name:
-                given = self.search.label(params, np.clip(few.images + one.delta, 0, 1))
-                self.halfway[one.label] = share(given, few.labels, one.label)
-        return max(self.halfway.values(), default=0) >= LEVELS[SMALLEST]
+            if one.label in others and one.geometry in levels:
+                labels = self.search.label(params, np.clip(few.images + one.delta, 0, 1))
+                score = share(labels, few.labels, one.label) / levels[one.geometry]
+                self.late[one.label] = max(score, self.late.get(one.label, 0.0))
+        return max(self.late.values(), default=0) >= 1
 
     def _score(self, params: Params) -> None:
         """How near a fresh search comes to a level with each suspect; see `Evidence.score`."""
@@ -188,7 +191,7 @@ class Hunt:
             "reason": reason,
             "flagged": [label for label in self.unlearned if label != UNTARGETED],
             "suspects": evidence.flagged,
-            "halfway": {str(label): strength for label, strength in self.halfway.items()},
+            "late": {str(label): score for label, score in self.late.items()},
             "stages": self.stage,
             "misled": evidence.misled,
             "alike": evidence.alike,

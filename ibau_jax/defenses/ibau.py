@@ -19,7 +19,7 @@ from ibau_jax.models.model import Logits, Params, of_params
 from ibau_jax.models.predict import predict, probabilities, usual_batch
 from ibau_jax.progress import note_of
 from ibau_jax.training.optimizers import shown
-from ibau_jax.unlearning.batches import make_batches, parted, resolve, shuffled
+from ibau_jax.unlearning.batches import make_batches, mixtures, parted, resolve, shuffled
 from ibau_jax.unlearning.config import IBAUConfig
 from ibau_jax.unlearning.ibau import Step, ibau
 from ibau_jax.unlearning.objective import cross_entropy
@@ -41,9 +41,9 @@ def unlearn(job: Job) -> Rounds:
     Where the config searches (`searched`), there are `stages` of all rounds, and `flagged` are the
     labels that they unlearned, `found` the strongest perturbations towards them (see `Hunt`). The
     diagnostics have `verdict` (`cleaned`, `was-clean`, `not-cleaned`) and `reason`; `suspects`, all
-    labels that stood out; `halfway`, how strong the windows towards others still were on half the
-    way back; `misled` and `alike` of `unlearning.evidence.Evidence`; `searched`, how many
-    perturbations the rounds had; `left`, how near a fresh search comes to a level in the end;
+    labels that stood out; `late`, how near to a level what led to the others still came when most
+    of the way was gone; `misled` and `alike` of `unlearning.evidence.Evidence`; `searched`, how
+    many perturbations the rounds had; `left`, how near a fresh search comes to a level in the end;
     `kept`, the share of the way that was gone: as far as the accuracy on held-back images allows. A
     row has `held_acc`, that accuracy.
     """
@@ -67,13 +67,13 @@ def unlearn(job: Job) -> Rounds:
         check_count(clean)
     rounds, row = config.rounds or 1, {}
     yield job.variables, row
-    taught = None
-    if config.distilled:
-        teach = probabilities(logits)
+    teach, more = probabilities(logits), {}
+    if config.distilled or config.mixed:
         with job.compiling():
             teach(params, clean.images[: usual_batch()])
-        taught = teach(params, clean.images)
-    batches, sizes = make_batches(clean, config, devices, taught)
+    if config.distilled:
+        more["taught"] = teach(params, clean.images)
+    batches, sizes = make_batches(clean, config, devices, **more)
     algorithm = ibau(logits, config, len(sizes), devices.axis, job.program)
     with job.compiling():
         init = jax.jit(algorithm.init)
@@ -99,6 +99,10 @@ def unlearn(job: Job) -> Rounds:
             for number in range(rounds):
                 advance(0, note_of(row))
                 aims = hunt.aims(number, devices.one(state.params)) if hunt else ()
+                if config.mixed:
+                    more["mixed"] = mixtures(clean.images, number)
+                    more["mixed_taught"] = teach(given, more["mixed"])
+                    batches, _ = make_batches(clean, config, devices, **more)
                 state, info = algorithm.round(state, batches, told, aims)
                 devices.check_equal(state=state, delta=info.delta)
                 delta, height, steps = jax.tree.map(np.asarray, devices.one(info))

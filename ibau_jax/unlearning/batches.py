@@ -29,6 +29,8 @@ class Batch(NamedTuple):
       added: [B, H, W, C], what else is added to the image; None: nothing.
       towards: int32 [B], the label that what is added leads to, `UNTARGETED` where to none; None:
         nowhere.
+      mixed: [B, H, W, C], mixtures of clean images; None: there are none.
+      mixed_taught: [B, num_classes], what the given model says of them.
     """
 
     images: Any
@@ -39,6 +41,8 @@ class Batch(NamedTuple):
     taught: Any = None
     added: Any = None
     towards: Any = None
+    mixed: Any = None
+    mixed_taught: Any = None
 
 
 UNTARGETED = -1  # away from the true label, wherever to
@@ -48,7 +52,7 @@ def make_batches(
     clean: Dataset,
     config: IBAUConfig,
     on: Devices | None = None,
-    taught: np.ndarray | None = None,
+    **more: np.ndarray,
 ) -> tuple[Batch, np.ndarray]:
     """Cut a clean set, in its order, into batches; the last one may be smaller.
 
@@ -62,7 +66,7 @@ def make_batches(
       config: from `resolve`.
       on: spread the rows of each batch over these devices; None: leave them where JAX puts
         arrays.
-      taught: for each image, see `Batch`.
+      more: fields of a `Batch`, for each image.
 
     Returns:
       The stack, and the number of real images in each batch.
@@ -84,7 +88,7 @@ def make_batches(
             weights=weights.astype(clean.images.dtype),
             patched=np.zeros(index.shape, clean.images.dtype),
             size=sizes.astype(np.int32),
-            taught=None if taught is None else taught[index],
+            **{name: values[index] for name, values in more.items()},
         )
 
     return (jax.tree.map(jnp.asarray, rows_of(0)) if on is None else on.share(rows_of)), sizes
@@ -94,6 +98,11 @@ def shuffled(clean: Dataset, key: jax.Array) -> Dataset:
     """The same images and labels in an order drawn from `key`."""
     order = np.asarray(jax.random.permutation(key, len(clean.labels)))
     return Dataset(clean.images[order], clean.labels[order])
+
+
+def mixtures(images: np.ndarray, number: int) -> np.ndarray:
+    """The mean of each image [N, H, W, C] and another one; of each `number` (of a round) others."""
+    return (images + np.roll(images, 1 + number, axis=0)) / 2
 
 
 def parted(clean: Dataset, key: jax.Array, count: int) -> tuple[Dataset, Dataset]:

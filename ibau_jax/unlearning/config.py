@@ -62,6 +62,8 @@ class IBAUConfig:
         after one is the matter of the next.
       distilled: share of the outer loss that is against the given model's own probabilities for
         the clean image.
+      mixed: weight of a further loss, of mixtures of two clean images against the given model's own
+        probabilities for them: it keeps the model as it was between the few clean images too.
       held_back: share of the clean set that nothing is trained on, to measure the accuracy.
       budget: of the accuracy on it, what may be lost where something was found, beside one standard
         error; of more, the way is gone back. Where nothing stands out, none may.
@@ -94,8 +96,9 @@ class IBAUConfig:
     searched: float = 0.1
     stages: int = 3
     distilled: float = 0.5
+    mixed: float = 1.0
     held_back: float = 0.1
-    budget: float = 0.03
+    budget: float = 0.04
     outer_optimizer: Optimizer = Adam(1e-3, schedule="cosine", clip=1.0)  # noqa: RUF009
     hessian: str = "same"
     hessian_images: int | None = 10
@@ -124,6 +127,8 @@ class IBAUConfig:
         for name in ("searched", "distilled", "budget"):
             if not 0 <= (value := getattr(self, name)) <= 1:
                 raise InputError(f"{name} is {value}: expected a share in [0, 1]")
+        if not 0 <= self.mixed < float("inf"):
+            raise InputError(f"mixed is {self.mixed}: expected a weight of at least 0")
         if not 0 <= self.held_back <= 0.5:
             raise InputError(f"held_back is {self.held_back}: expected a share in [0, 0.5]")
         if isinstance(self.microbatch, int) and self.microbatch < 1:
@@ -142,6 +147,7 @@ class IBAUConfig:
             outer_steps=None,
             searched=0.0,
             distilled=0.0,
+            mixed=0.0,
             held_back=0.0,
             outer_optimizer=Adam(2e-3, schedule="cosine", clip=1.0),
         )

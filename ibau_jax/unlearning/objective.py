@@ -46,6 +46,10 @@ def make_loss(logits: Logits, config: IBAUConfig, axis: str | None = None):
     Where a batch has `taught`, a share `config.distilled` of each image's loss is against it. Where
     what is added leads to a label that is not the image's own, -log(1 - p(label)) comes on top:
     no more is asked than "not that label" (Wei et al., NeurIPS 2023: SAU).
+
+    Where it has `mixed` images, `config.mixed` times their loss against `mixed_taught` comes on
+    top: a few thousand images say what the model was there alone, and it drifts elsewhere
+    (mixtures for distillation: Beyer et al., CVPR 2022).
     """
 
     def loss(delta, params, batch: Batch):
@@ -57,6 +61,9 @@ def make_loss(logits: Logits, config: IBAUConfig, axis: str | None = None):
         if batch.towards is not None:
             misled = (batch.towards != UNTARGETED) & (batch.towards != batch.labels)
             each += jnp.where(misled, not_that_label(found, batch.towards), 0)
+        if batch.mixed is not None:
+            mixed = logits(params, batch.mixed)
+            each += config.mixed * optax.losses.softmax_cross_entropy(mixed, batch.mixed_taught)
         return jnp.sum(batch.weights * each)
 
     return in_parts(loss, config, axis)

@@ -13,7 +13,7 @@ from conftest import MODEL, SQUARE, clean, measure, on_devices, small_model
 
 from ibau_jax import Dataset, IBAUConfig, InputError, unlearn
 from ibau_jax.defenses import hunt
-from ibau_jax.defenses.hunt import SMALLEST, Hunt, bearable, roll_back
+from ibau_jax.defenses.hunt import Hunt, bearable, roll_back
 from ibau_jax.defenses.run import Job
 from ibau_jax.devices.mesh import devices
 from ibau_jax.models.model import opened
@@ -83,33 +83,33 @@ def test_a_budget_of_nothing_goes_back():
 
 
 @pytest.mark.parametrize(
-    ("halfway", "left", "flagged", "verdict"),
+    ("late", "left", "flagged", "verdict"),
     [
         (0.3, [(0.3, 0.2)], [1], "cleaned"),  # label 0 fell with label 1
         (0.3, [(1.2, 0.2), (0.3, 0.2)], [1], "cleaned"),  # once more
         (0.3, [(0.3, 1.1), (0.3, 0.2)], [1, 0], "cleaned"),
-        (0.9, [(0.3, 0.2), (0.3, 0.2)], [1, 0], "cleaned"),  # it stood halfway
+        (0.9, [(0.3, 0.2), (0.3, 0.2)], [1, 0], "cleaned"),  # it stood for long
         (0.9, [(1.2, 0.2), (0.3, 0.2)], [1, 0], "cleaned"),
         (0.9, [(1.2, 0.2), (1.2, 0.2)], [1, 0], "not-cleaned"),
     ],
 )
 def test_what_is_left_of_the_suspects_is_the_matter_of_the_next_stage(
-    monkeypatch, halfway, left, flagged, verdict
+    monkeypatch, late, left, flagged, verdict
 ):
     strength = np.zeros((len(LEVELS), 10))
     strength[:, 1], strength[0, 0] = 0.8, 0.9  # label 0 is stronger, but by one geometry only
-    window = Perturbation(np.full((16, 16, 1), 0.5, np.float32), 0, 0.9, SMALLEST.name)
+    window = Perturbation(np.full((16, 16, 1), 0.5, np.float32), 0, 0.9, "3x3 window")
     evidence = Evidence(strength, 0.0, 1.0, np.zeros(10, np.int32), [window])
 
     class Fake:
-        """A search of a model that gives label 0 to so many images, in the middle of the way."""
+        """A search of a model that gives label 0 to so many images, late on the way."""
 
         def warm(self, *args):
             pass
 
         def label(self, params, images):
-            np.testing.assert_array_equal(jax.tree.leaves(params)[0], 0.5 * given[0])
-            return np.where(np.arange(len(images)) % 10 < 10 * halfway, 0, 5)
+            np.testing.assert_allclose(jax.tree.leaves(params)[0], 0.3 * given[0], rtol=1e-5)
+            return np.where(np.arange(len(images)) % 10 < 10 * late, 0, 5)
 
     scores = iter(left)
     monkeypatch.setattr(hunt, "Search", lambda *args, **kwargs: Fake())
@@ -126,12 +126,12 @@ def test_what_is_left_of_the_suspects_is_the_matter_of_the_next_stage(
         assert at.goes_on(end) == (stage < len(left) - 1)
         if not stage and len(left) == 2:  # what goes on is what still stands, and the others
             stands = [label for label, score in zip([1, 0], left[0], strict=True) if score >= 1]
-            assert at.targets == tuple(sorted({*stands, *([0] if halfway > 0.6 else [])})[::-1])
+            assert at.targets == tuple(sorted({*stands, *([0] if late > 0.6 else [])})[::-1])
     told = at.told(end, 1.0)
     assert told["suspects"] == [1, 0] and told["flagged"] == flagged
     assert told["stages"] == len(left) and told["verdict"] == verdict
     assert at.found == [window] * (0 in flagged)  # once, however many stages
-    assert told["halfway"]["0"] == pytest.approx(halfway, abs=0.1)
+    assert told["late"]["0"] == pytest.approx(late / 0.6, abs=0.2)
 
 
 def test_few_images():
@@ -142,7 +142,12 @@ def test_few_images():
 
 
 def test_shares_are_checked():
-    for name, value in (("searched", 1.5), ("distilled", -0.1), ("held_back", 0.9)):
+    for name, value in (
+        ("searched", 1.5),
+        ("distilled", -0.1),
+        ("mixed", -1.0),
+        ("held_back", 0.9),
+    ):
         with pytest.raises(InputError, match=f"{name} is {value}"):
             replace(QUICK, **{name: value})
 

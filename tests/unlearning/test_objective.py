@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ibau_jax import IBAUConfig
-from ibau_jax.unlearning.batches import UNTARGETED, Batch
+from ibau_jax.unlearning.batches import UNTARGETED, Batch, mixtures
 from ibau_jax.unlearning.objective import Aim, aimed, make_leading, make_loss, spread
 
 CONFIG = replace(IBAUConfig(), microbatch=None)
@@ -74,6 +74,34 @@ def test_the_loss_by_hand():
     each = -np.log(p[np.arange(3), np.arange(3)]) / 2 - (batch.taught * np.log(p)).sum(1) / 2
     each[1] -= np.log(1 - p[1, 2])  # the first leads nowhere, the last to its own label
     np.testing.assert_allclose(found, each.mean(), rtol=1e-5)
+
+
+def test_the_loss_of_mixtures_by_hand():
+    """It is added with its weight, and neither delta nor what was found reaches them."""
+    plain = batch_of(3)
+    mixed = mixtures(plain.images, 0)
+    np.testing.assert_allclose(mixed[0], (plain.images[0] + plain.images[2]) / 2)
+    taught = np.asarray(jax.nn.softmax(RNG.normal(size=(3, 3)).astype(np.float32)))
+    batch = plain._replace(mixed=mixed, mixed_taught=taught, patched=plain.patched + 1)
+    delta = np.full((3, 4, 1), 0.1, np.float32)
+    config = replace(CONFIG, mixed=0.7)
+    found = make_loss(logits, config)(delta, W, batch)
+    without = make_loss(logits, config)(delta, W, batch._replace(mixed=None))
+    p = np.asarray(jax.nn.softmax(logits(W, mixed)), np.float64)
+    np.testing.assert_allclose(
+        found - without, -0.7 * (taught * np.log(p)).sum(1).mean(), rtol=1e-4
+    )
+
+
+@given(st.integers(1, 20), st.integers(0, 50))
+def test_mixtures_use_each_image_twice(count, number):
+    images = RNG.uniform(size=(count, 2, 2, 1)).astype(np.float32)
+    mixed = mixtures(images, number)
+    assert mixed.dtype == images.dtype and mixed.min() >= 0 and mixed.max() <= 1
+    np.testing.assert_allclose(mixed.sum(0), images.sum(0), rtol=1e-4)
+    if (1 + number) % count:
+        assert np.abs(mixed - images).max() > 0
+        assert number == 0 or not np.array_equal(mixed, mixtures(images, number - 1))
 
 
 @pytest.mark.parametrize("rule", [[1, 1, 1], [1, 2, 0], [UNTARGETED] * 3])
