@@ -32,10 +32,10 @@ RNG = np.random.default_rng(0)
 IMAGES, LABELS = RNG.uniform(size=(103, 16, 16, 3)), RNG.integers(0, 5, 103)
 VARIABLES = jax.jit(MODULE.init)(KEY, jnp.zeros((1, 16, 16, 3)))
 ROUNDS = (
-    ("default", 103, "float64", (8, 5)),
+    ("untargeted", 103, "float64", (8, 5)),
     ("published", 103, "float64", (8,)),
-    ("default", 103, "float32", (8,)),
-    ("default", 3, "float64", (8,)),
+    ("untargeted", 103, "float32", (8,)),
+    ("untargeted", 3, "float64", (8,)),
 )
 
 TUNING = Tuning(epochs=1, batch_size=20)
@@ -144,14 +144,14 @@ def broken(mapping: str) -> str:
 
 def main() -> dict:
     found: dict = {"broken": [broken(mapping) for mapping in MAPPINGS], "collectives": {}}
-    for preset in ("default", "published"):
+    for preset in ("untargeted", "published"):
         found["collectives"][preset] = [collectives(preset, mapping) for mapping in MAPPINGS]
     for preset, images, dtype, counts in ROUNDS:
         one, start = round_(preset, 1, images, dtype)
         for count in counts:
             many, _ = round_(preset, count, images, dtype)
             found[f"{preset} {images} {dtype} {count}"] = distance(one, many)
-            if (preset, images, dtype, count) == ("default", 103, "float64", 8):
+            if (preset, images, dtype, count) == ("untargeted", 103, "float64", 8):
                 mapped, _ = round_(preset, count, images, dtype, "shard_map")
                 found["a round by shard_map"] = distance(mapped, many)
         found[f"{preset} {images} {dtype} moved"] = distance(start, one)

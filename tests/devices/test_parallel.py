@@ -34,7 +34,8 @@ def eight() -> dict:
 
 
 @pytest.mark.parametrize(
-    ("case", "counts"), [("default 103", (8, 5)), ("published 103", (8,)), ("default 3", (8,))]
+    ("case", "counts"),
+    [("untargeted 103", (8, 5)), ("published 103", (8,)), ("untargeted 3", (8,))],
 )
 def test_a_round_is_the_same_on_many_devices(eight, case, counts):
     """103 images leave a remainder; 3 images leave devices without any."""
@@ -44,7 +45,7 @@ def test_a_round_is_the_same_on_many_devices(eight, case, counts):
 
 
 def test_a_round_is_the_same_in_float32(eight):
-    assert eight["default 103 float32 8"] < 1e-4
+    assert eight["untargeted 103 float32 8"] < 1e-4
 
 
 @pytest.mark.parametrize("count", [8, 5])
@@ -61,7 +62,7 @@ def test_a_baseline_is_the_same_on_many_devices(eight, name):
 def test_one_message_for_each_product(eight):
     """An ascent: one, in its loop. An outer step: one for the slope of the outer loss in delta, one
     for each product with the Hessian, one for both gradients of the parameters together."""
-    products = {"default": 3, "published": 1}  # as written: a loop's once
+    products = {"untargeted": 3, "published": 1}  # as written: a loop's once
     for preset, count in products.items():
         for found in eight["collectives"][preset]:
             assert found["ascent"] == {"all_reduces": 1, "others": 0}, preset
