@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from ibau_jax.errors import InputError
 from ibau_jax.hypergradient import Report, hypergradient, hypergradient_jaxopt
 from ibau_jax.models.model import Logits, Params
 from ibau_jax.unlearning.batches import Batch, first_rows
@@ -117,6 +118,11 @@ def ibau(
     def ascend(
         params: Params, batches: Batch, first: Any, aim: Aim | None = None
     ) -> tuple[jax.Array, jax.Array]:
+        if config.searched and aim is None:
+            raise InputError(
+                "the config searches (searched > 0) and no aim of a search was given: call "
+                "unlearn, or take IBAUConfig.untargeted() for Algorithm 1 alone"
+            )
         if config.inner_labels == "predicted":  # of the clean images: they do not change here
             batches = batches._replace(labels=predicted(logits, params, batches.images, config))
 

@@ -107,6 +107,14 @@ def test_default_is_the_config_of_no_argument():
     assert unlearn.config == IBAUConfig()
 
 
+def test_a_config_that_searches_needs_what_was_found(linear):
+    logits, params, clean = linear
+    config = resolve(IBAUConfig(), logits, params, clean.images)
+    batches, sizes = make_batches(clean, config)
+    with pytest.raises(InputError, match=r"take IBAUConfig.untargeted\(\) for Algorithm 1 alone"):
+        ibau(logits, config, len(sizes)).ascend(params, batches, 0)
+
+
 def test_published_is_every_row_of_the_table():
     cifar, gtsrb = IBAUConfig.published("cifar10"), IBAUConfig.published("gtsrb")
     assert (cifar.inner_labels, cifar.inner_optimizer) == ("predicted", SGD(10))
