@@ -38,7 +38,11 @@ FROM_ZOO = (
 MODELS = (*PUBLISHED, *FROM_ZOO)
 # What was the default of I-BAU before it searched is beside the others under a name of its own.
 UNTARGETED = "ibau-untargeted"
-METHODS = ("ibau", UNTARGETED, *(name for name in DEFENSES if name != "ibau"))
+METHODS = {  # name -> defense, preset
+    "ibau": ("ibau", None),
+    UNTARGETED: ("ibau", "untargeted"),
+    **{name: (name, None) for name in DEFENSES if name != "ibau"},
+}
 # ACC and ASR in %: Table 1 for CIFAR-10, Table 2 for GTSRB (which has neither NC nor DI).
 PAPER = {
     "BadNets": {
@@ -75,7 +79,7 @@ class Run:
 
     reference: Path
     """Folder of the published models (checkpoints/, triggers/)."""
-    defenses: tuple[str, ...] = METHODS
+    defenses: tuple[str, ...] = tuple(METHODS)
     models: tuple[str, ...] = MODELS
     seeds: tuple[int, ...] = (0,)
     out: Path = RESULTS
@@ -105,11 +109,11 @@ def one(reference: Path, name: str, defense: str, seed: int) -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
         zoo = name in FROM_ZOO
         path = ZOO / f"{name}.safetensors" if zoo else import_model(reference, name, Path(folder))
-        defense, *preset = defense.rsplit("-", 1) if defense == UNTARGETED else (defense,)
+        defense, preset = METHODS[defense]
         found = defend.defend(
             path,
             defense=defense,
-            preset=preset[0] if preset else None,
+            preset=preset,
             seed=seed,
             out=Path(folder) / "run",
             poison_ratio=POISON_RATIO if DEFENSES[defense].train_set and not zoo else None,
@@ -183,7 +187,7 @@ def table() -> None:
             if rows is None:
                 continue
             row = rows[0] if defense == "none" else rows[-1]
-            acc, asr = paper.get(defense.removesuffix("-untargeted"), (None, None))
+            acc, asr = paper.get(METHODS.get(defense, (None,))[0], (None, None))
             values = [
                 *(f"{row['acc']:.3f}", percent(acc), f"{row['asr']:.3f}", percent(asr)),
                 *(f"{row['asr_excl']:.3f}", f"{row['ra']:.3f}"),

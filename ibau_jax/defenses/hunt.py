@@ -123,7 +123,7 @@ class Hunt:
         was found leads to the weaknesses no more; to another target it does.
         """
         given = self.job.variables["params"]
-        params = jax.tree.map(lambda a, b: a + MOST_OF_THE_WAY * (b - a), given, params)
+        params = on_the_way(given, params, MOST_OF_THE_WAY)
         few = Dataset(*(a[: kept_of(len(self.clean.labels))] for a in self.clean))
         levels = {geometry.name: level for geometry, level in LEVELS.items()}
         others = set(self.evidence.flagged) - set(self.targets)
@@ -202,7 +202,7 @@ class Hunt:
 
 
 def bearable(
-    right: Callable[[Params], np.ndarray], given: Params, params: Params, *, budget: float | None
+    right: Callable[[Params], np.ndarray], before: np.ndarray, params: Params, budget: float | None
 ) -> bool:
     """Is no more accuracy lost than `budget` and one standard error; with None, none at all?
 
@@ -211,8 +211,9 @@ def bearable(
 
     Args:
       right: `right(params)`, bool [N], which of the held-back images get their label.
+      before: that of the given parameters.
     """
-    before, after = right(given), right(params)
+    after = right(params)
     lost = before.mean() - after.mean()
     if budget is None:
         return bool(lost <= 0)
@@ -228,12 +229,12 @@ def roll_back(
       The parameters, and the share of the way.
     """
     for tenths in range(10, 0, -1):
-        share = tenths / 10
-
-        def between(a, b, share=share):
-            return a + share * (b - a)
-
-        there = params if tenths == 10 else jax.tree.map(between, given, params)
+        there = params if tenths == 10 else on_the_way(given, params, tenths / 10)
         if bears(there):
-            return there, share
+            return there, tenths / 10
     return given, 0.0
+
+
+def on_the_way(given: Params, params: Params, share: float) -> Params:
+    """The parameters when so much of the way from `given` to `params` is gone."""
+    return jax.tree.map(lambda a, b: a + share * (b - a), given, params)

@@ -57,8 +57,7 @@ def test_roll_back_goes_as_far_as_it_may(least, share):
 def test_of_accuracy_no_more_is_lost_than_the_budget_beyond_doubt(lost, won, budget, bears):
     before, after = np.ones(100, bool), np.ones(100, bool)
     after[:lost] = before[lost : lost + won] = False
-    right = {"before": before, "after": after}.__getitem__
-    assert bearable(right, "before", "after", budget=budget) == bears
+    assert bearable({"after": after}.__getitem__, before, "after", budget) == bears
 
 
 def test_it_removes_a_backdoor_and_says_so():
