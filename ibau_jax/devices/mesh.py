@@ -159,13 +159,15 @@ class Devices(NamedTuple):
 
         Raises:
           RuntimeError: names the array and the devices.
+          LostProcess: another process of this run is gone.
         """
         if len(self.all) == 1:
             return
         leaves = jax.tree_util.tree_leaves_with_path(jax.tree.map(_plain, trees))
         values = [leaf for _, leaf in leaves]
         marker = self.share(lambda i: np.zeros(()))
-        sums = np.asarray(self.one(_gather(self)(marker, values)))
+        with processes.watch():
+            sums = np.asarray(self.one(_gather(self)(marker, values)))
         for (path, _), found in zip(leaves, sums.T, strict=True):
             odd = np.flatnonzero(found != found[0])
             if len(odd):

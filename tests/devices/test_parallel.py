@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from conftest import UNOPTIMISED, on_devices
 
+from ibau_jax.devices import mesh
 from ibau_jax.devices.mesh import Devices, devices
-from ibau_jax.errors import InputError
+from ibau_jax.errors import InputError, LostProcess
 
 HERE = Path(__file__).parent
 
@@ -134,6 +135,22 @@ def test_a_lost_process_ends_the_other(killed, digits_model, tmp_path):
     assert {p.name for p in out.iterdir()} == {"rows.partial.jsonl"}
     for line in (out / "rows.partial.jsonl").read_text().splitlines():
         json.loads(line)
+
+
+def test_a_process_lost_in_the_comparison_is_told(monkeypatch):
+    """As in a step: the collective that notices it may be this one."""
+
+    def lost(*_):
+        raise jax.errors.JaxRuntimeError("Connection reset by peer")
+
+    both = Devices((*jax.devices()[:1], *jax.devices()[:1]))
+    monkeypatch.setattr(Devices, "share", lambda *_: np.zeros(()))
+    monkeypatch.setattr(mesh, "_gather", lambda _: lost)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="reset by peer"):  # one process: a bug
+        both.check_equal(state=np.zeros(3))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(LostProcess, match="lost another process of this run"):
+        both.check_equal(state=np.zeros(3))
 
 
 def test_draws_do_not_depend_on_padding_or_a_flag():
