@@ -88,7 +88,6 @@ ABLATION: tuple[tuple[str, ...], ...] = (
     ("searched=0.05",),
     ("searched=0.2",),
     ("share=0.01",),
-    ("again=0",),
     ("pool=1",),
     ("solver=direct",),
     ("without=3x3-window",),
@@ -117,7 +116,7 @@ def changed(changes: str) -> IBAUConfig:
 
 @contextmanager
 def mocked(changes: str) -> Iterator[None]:
-    """What no setting changes: `without` a geometry, not searched `again`, a `pool` of so many."""
+    """What no setting changes: `without` a geometry, a `pool` of so many."""
     with ExitStack() as stack:
         for name, value in (change.split("=") for change in changes.split()):
             if name in MOCKED:
@@ -134,11 +133,6 @@ def without(stack: ExitStack, name: str) -> None:
     stack.enter_context(mock.patch.object(hunt, "GEOMETRIES", geometries))
 
 
-def again(stack: ExitStack, value: str) -> None:
-    if value == "0":
-        stack.enter_context(mock.patch.object(hunt.Hunt, "_search_again", lambda *_: None))
-
-
 def pool(stack: ExitStack, value: str) -> None:
     look = hunt.Hunt.look
 
@@ -149,7 +143,7 @@ def pool(stack: ExitStack, value: str) -> None:
     stack.enter_context(mock.patch.object(hunt.Hunt, "look", look_for_few))
 
 
-MOCKED = {"without": without, "again": again, "pool": pool}
+MOCKED = {"without": without, "pool": pool}
 
 
 def one(reference: Path | None, name: str, seed: int, changes: str, images: int) -> dict[str, Any]:

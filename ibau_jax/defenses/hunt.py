@@ -18,7 +18,6 @@ from ibau_jax.unlearning.evidence import (
     GEOMETRIES,
     LEVELS,
     Perturbation,
-    collect,
     look,
     looks,
     rest,
@@ -27,7 +26,6 @@ from ibau_jax.unlearning.objective import Aim
 from ibau_jax.unlearning.search import Search, kept_of, rule_of, share
 
 MOST_OF_THE_WAY = 0.7
-AGAIN = 100  # starts of a search in the rounds, which knows what was found before
 
 
 class Hunt:
@@ -59,15 +57,12 @@ class Hunt:
                 self.search, params, self.clean, classes, key=self._new_key(), advance=advance
             )
         self._unlearn(self.evidence.suspects[:1])
-        # The shape that the rounds are compiled for: what all searches of a stage can find.
-        wide = 2 * len(GEOMETRIES) + len(LEVELS)
-        self.room = max(1, len(self.evidence.suspects)) * wide
+        # The shape that the rounds are compiled for: what the searches of all stages can find.
+        self.room = max(1, len(self.evidence.suspects)) * self.config.stages * len(LEVELS)
 
-    def aims(self, number: int, params: Params) -> list[Aim]:
+    def aims(self, number: int) -> list[Aim]:
         """For the ascents of round `number` of a stage."""
         targets = self.targets or (UNTARGETED,)
-        if number in (0, -(-self.rounds // 2)) and self.targets:
-            self._search_again(params)
         newest = self.found[-self.room :]
         pool = np.zeros((self.room, *self.clean.images.shape[1:]), self.clean.images.dtype)
         rules = np.full((self.room, self.job.num_classes), UNTARGETED, np.int32)
@@ -90,20 +85,9 @@ class Hunt:
             aims.append(Aim(*self.job.devices.replicate((self._rule(label), start)), *shared))
         return aims
 
-    def _search_again(self, params: Params) -> None:
-        """Towards the targets, also from what was found before."""
-        known: dict[str, list[np.ndarray]] = {}
-        for one in self.found:
-            if one.label in self.targets:
-                known.setdefault(one.geometry, []).append(one.delta)
-        rules = [self._rule(label) for label in self.targets]
-        settings = {"key": self._new_key(), "starts": AGAIN, "known": known}
-        found = self.search(params, self.clean, rules, **settings)
-        self.found += collect(GEOMETRIES, self.targets, found)
-
     def goes_on(self, params: Params) -> bool:
         """After a stage: search once more; is there something left, and a stage to unlearn it?"""
-        self._score(params)
+        fresh = self._score(params)
         self.stage += 1
         more = self.stage == 1 and self._other_targets(params)
         still = [
@@ -114,6 +98,7 @@ class Hunt:
         if not still or self.stage == self.config.stages:
             return False
         self._unlearn(tuple(still))
+        self.found += [one for one in fresh if one.label in still]
         return True
 
     def _other_targets(self, params: Params) -> bool:
@@ -134,10 +119,13 @@ class Hunt:
                 self.late[one.label] = max(score, self.late.get(one.label, 0.0))
         return max(self.late.values(), default=0) >= 1
 
-    def _score(self, params: Params) -> None:
-        """How near a fresh search comes to a level with each suspect; see `Evidence.score`."""
+    def _score(self, params: Params) -> list[Perturbation]:
+        """Search afresh: take down how near it comes to a level with each suspect; its finds."""
         suspects, key = self.evidence.suspects, self._new_key()
-        self.left = rest(self.search, params, self.clean, suspects, key=key) if suspects else {}
+        if not suspects:
+            return []
+        self.left, fresh = rest(self.search, params, self.clean, suspects, key=key)
+        return fresh
 
     def _unlearn(self, targets: tuple[int, ...]) -> None:
         new = [label for label in targets if label not in self.unlearned]

@@ -112,7 +112,7 @@ def unlearn(job: Job) -> Rounds:
 
             for number in range(rounds):
                 advance(0, note_of(row))
-                aims = hunt.aims(number, devices.one(state.params)) if hunt else ()
+                aims = hunt.aims(number) if hunt else ()
                 if config.mixed or (stage, number) == (1, 0):
                     batches = cut(number)
                 state, info = algorithm.round(state, batches, told, aims)

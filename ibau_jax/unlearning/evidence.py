@@ -22,7 +22,7 @@ from ibau_jax.unlearning.search import Found, Search, check_count
 LEVELS: Mapping[Geometry, float] = {window(3): 0.6, window(5): 0.7, cosine(0.07): 0.85}
 # All-to-all has no target: so many are misled, and no label gets such a share of them.
 AWAY, MISLED, ALIKE = pixels(9), 0.7, 0.4
-GEOMETRIES = (*LEVELS, AWAY, pixels(25), cosine(0.1))
+GEOMETRIES = (*LEVELS, AWAY)
 NEAR = 0.85  # of a level: uncertain from here on
 MOST = 7  # labels that are held for targets at once
 SHORTLIST = 12  # labels that are ascended towards, of any number
@@ -199,15 +199,16 @@ def rest(
     suspects: Sequence[int],
     *,
     key: jax.Array,
-) -> dict[int, float]:
-    """How near a fresh search comes to a level with each of the suspects: 1 reaches it."""
+) -> tuple[dict[int, float], list[Perturbation]]:
+    """A fresh search: how near it comes to a level with each suspect (1 reaches it), its finds."""
     if UNTARGETED in suspects:
         found = search(params, clean, [UNTARGETED], key=key, among=[AWAY])
         score = _many(float(found.strength[0, 0]), alike(found.given[0, 0], found.true))
-        return {UNTARGETED: score}
-    found = search(params, clean, suspects, key=key, among=list(LEVELS))
-    scores = (found.strength / _levels()).max(0)
-    return dict(zip(suspects, map(float, scores), strict=True))
+        return {UNTARGETED: score}, collect([AWAY], [UNTARGETED], found)
+    levels = list(LEVELS)
+    found = search(params, clean, suspects, key=key, among=levels)
+    scores = map(float, (found.strength / _levels()).max(0))
+    return dict(zip(suspects, scores, strict=True)), collect(levels, suspects, found)
 
 
 def looks(num_classes: int) -> int:

@@ -12,10 +12,9 @@ forward pass for all labels (measured in experiments/default.md).
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -93,8 +92,6 @@ class Search:
         key: jax.Array,
         among: Sequence[Geometry] | None = None,
         most: int | None = None,
-        starts: int | None = None,
-        known: Mapping[str, Sequence[np.ndarray]] = MappingProxyType({}),
         advance: Callable[[int], None] = lambda count: None,
     ) -> Found:
         """Search towards each of `labels`.
@@ -108,9 +105,6 @@ class Search:
           among: of the `geometries`; None: all.
           most: so many labels at most are ascended towards, in each geometry those that the random
             perturbations lead to best; of the others the best of these is measured. None: all.
-          starts: how many in place of the usual number.
-          known: of a geometry (by its name) perturbations that are starts too, in place of as many
-            random ones.
           advance: called with 1 after each ascent.
         """
         check_count(clean)
@@ -132,13 +126,7 @@ class Search:
         among = self.geometries if among is None else among
         for geometry in among:
             number = names.index(geometry.name)
-            drawn = self._starts(
-                geometry,
-                jax.random.fold_in(key, number),
-                images,
-                self.starts if starts is None else starts,
-                known.get(geometry.name, ()),
-            )
+            drawn = self._starts(geometry, jax.random.fold_in(key, number), images)
             seen = self._run(self._look_at, params, drawn, few)
             heights = [_heights(seen, few_true, rule[few_true]) for rule in rules]
             shortlist = np.argsort([-h.max() for h in heights], kind="stable")[:most]
@@ -172,21 +160,11 @@ class Search:
                 self._programs[key] = jax.jit(function).lower(*args).compile()
         return self._programs[key](*args)
 
-    def _starts(
-        self,
-        geometry: Geometry,
-        key: jax.Array,
-        images: np.ndarray,
-        count: int,
-        known: Sequence[np.ndarray],
-    ) -> jax.Array:
+    def _starts(self, geometry: Geometry, key: jax.Array, images: np.ndarray) -> jax.Array:
         shape = images.shape[1:]
         if geometry.draw is None:
-            drawn = jnp.zeros((1, *shape), images.dtype)
-        else:
-            drawn = geometry.draw(key, count, shape).astype(images.dtype)
-        known = known[-len(drawn) :]  # so many, that the shape stays
-        return drawn.at[: len(known)].set(np.stack(known)) if known else drawn
+            return jnp.zeros((1, *shape), images.dtype)
+        return geometry.draw(key, self.starts, shape).astype(images.dtype)
 
     def _classes(self, params: Params, images: np.ndarray) -> int:
         return jax.eval_shape(self.logits, params, images[:1]).shape[1]

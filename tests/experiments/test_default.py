@@ -52,14 +52,14 @@ def test_changes_of_the_ablation(targeted):
     assert targeted.changed("") == IBAUConfig()
     assert targeted.changed("preset=untargeted") == IBAUConfig.untargeted()
     assert targeted.changed("solver=direct").solver == Direct()
-    assert targeted.changed("rounds=3 share=0.2 again=0").share == 0.2
+    assert targeted.changed("rounds=3 share=0.2 pool=1").share == 0.2
     for change in targeted.ABLATION[1:]:
         changes = " ".join(change)
-        before = evidence.LEVELS, evidence.GEOMETRIES, hunt.Hunt._search_again, hunt.Hunt.look
+        before = evidence.LEVELS, evidence.GEOMETRIES, hunt.Hunt.look
         with targeted.mocked(changes):
-            now = evidence.LEVELS, evidence.GEOMETRIES, hunt.Hunt._search_again, hunt.Hunt.look
+            now = evidence.LEVELS, evidence.GEOMETRIES, hunt.Hunt.look
         assert targeted.changed(changes) != IBAUConfig() or now != before
-        after = evidence.LEVELS, evidence.GEOMETRIES, hunt.Hunt._search_again, hunt.Hunt.look
+        after = evidence.LEVELS, evidence.GEOMETRIES, hunt.Hunt.look
         assert after == before
     with pytest.raises(ValueError, match="no geometry"), targeted.mocked("without=7x7-window"):
         pass

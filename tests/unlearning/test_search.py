@@ -124,26 +124,6 @@ def test_random_starts_find_what_the_gradient_does_not_show():
 SEARCH = Search(MODEL, (window(3), pixels(9)), steps=5, starts=150)
 
 
-def test_what_is_known_is_a_start():
-    """One random start misses what a model without a slope answers to; the known one is kept."""
-
-    def logits(params, images):
-        hit = jnp.all(images[:, 2:4, 2:4] == 1, axis=(1, 2, 3))
-        return params * jax.nn.one_hot(jnp.where(hit, 2, 0), 3)
-
-    data = Dataset(np.full((20, 8, 8, 1), 0.5, np.float32), np.zeros(20, np.int32))
-    trigger = np.zeros((8, 8, 1), np.float32)
-    trigger[2:4, 2:4] = 1
-    search = Search(logits, (window(2), pixels(4)), steps=2)
-    settings = {"key": KEY, "starts": 2}
-    assert not search(jnp.float32(10), data, [2], **settings).strength.any()
-    count = len(search._programs)
-    found = search(jnp.float32(10), data, [2], known={"2x2 window": [trigger]}, **settings)
-    np.testing.assert_array_equal(found.strength, [[1], [0]])
-    np.testing.assert_array_equal(found.deltas[0, 0], trigger)
-    assert len(search._programs) == count
-
-
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_label_of_a_backdoor_stands_out(seed):
     labels = [*range(10), UNTARGETED]
