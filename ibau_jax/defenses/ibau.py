@@ -23,7 +23,7 @@ from ibau_jax.unlearning.batches import (
     Batch,
     images_a_batch,
     make_batches,
-    mixtures,
+    make_mixtures,
     parted,
     resolve,
     shuffled,
@@ -90,11 +90,11 @@ def unlearn(job: Job) -> Rounds:
 
     def cut(number: int) -> Batch:
         """The batches of a round: each has mixtures of its own."""
-        more = dict(taught)
-        if config.mixed:
-            more["mixed"] = mixtures(clean.images, number)
-            more["mixed_taught"] = teach(given, more["mixed"])
-        return make_batches(clean, config, devices, **more)[0]
+        batches, _ = make_batches(clean, config, devices, **taught)
+        if not config.mixed:
+            return batches
+        mixed = make_mixtures(clean, config, number, partial(teach, given), devices)
+        return batches._replace(mixed=mixed)
 
     def right(params: Params) -> np.ndarray:
         return label(params, held.images) == held.labels if held else np.ones(0, bool)

@@ -1,6 +1,6 @@
 """The clean set as a stack of equal batches on the device, checked first."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -29,8 +29,8 @@ class Batch(NamedTuple):
       added: [B, H, W, C], what else is added to the image; None: nothing.
       towards: int32 [B], the label that what is added leads to, `UNTARGETED` where to none; None:
         nowhere.
-      mixed: [B, H, W, C], mixtures of clean images; None: there are none.
-      mixed_taught: [B, num_classes], what the given model says of them.
+      mixed: half as many mixtures of clean images, a `Batch` with `taught` and without labels that
+        count; None: there are none.
     """
 
     images: Any
@@ -42,7 +42,6 @@ class Batch(NamedTuple):
     added: Any = None
     towards: Any = None
     mixed: Any = None
-    mixed_taught: Any = None
 
 
 UNTARGETED = -1  # away from the true label, wherever to
@@ -100,9 +99,35 @@ def shuffled(clean: Dataset, key: jax.Array) -> Dataset:
     return Dataset(clean.images[order], clean.labels[order])
 
 
-def mixtures(images: np.ndarray, number: int) -> np.ndarray:
-    """The mean of each image [N, H, W, C] and another one; of each `number` (of a round) others."""
-    return (images + np.roll(images, 1 + number, axis=0)) / 2
+def mixtures(images: np.ndarray, number: int, count: int) -> np.ndarray:
+    """So many means of two images [N, H, W, C] each; of each `number` (of a round) other pairs.
+
+    N / 2 of them use each image once.
+    """
+    half = (len(images) + 1) // 2  # an image of the first half and one of the second
+    rows = np.arange(count)
+    second = half + (rows + number) % max(1, len(images) - half)
+    return (images[rows % half] + images[second % len(images)]) / 2
+
+
+def make_mixtures(
+    clean: Dataset,
+    config: IBAUConfig,
+    number: int,
+    teach: Callable[[np.ndarray], np.ndarray],
+    on: Devices | None = None,
+) -> Batch:
+    """A stack of half as many mixtures as the batches of a round have images: their `mixed`.
+
+    Args:
+      number: of the round.
+      teach: `teach(images)`, what the given model says: [N, num_classes].
+    """
+    assert config.batch_size is not None, "the config is resolved first"
+    half = -(-config.batch_size // 2)
+    images = mixtures(clean.images, number, half * -(-len(clean.labels) // config.batch_size))
+    unlabelled = Dataset(images, np.zeros(len(images), np.int32))
+    return make_batches(unlabelled, replace(config, batch_size=half), on, taught=teach(images))[0]
 
 
 def parted(clean: Dataset, key: jax.Array, count: int) -> tuple[Dataset, Dataset]:

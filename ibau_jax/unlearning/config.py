@@ -62,8 +62,9 @@ class IBAUConfig:
         after one is the matter of the next.
       distilled: share of the outer loss that is against the given model's own probabilities for
         the clean image.
-      mixed: weight of a further loss, of mixtures of two clean images against the given model's own
-        probabilities for them: it keeps the model as it was between the few clean images too.
+      mixed: weight of a further loss, of mixtures of two clean images (half as many as a batch has
+        images) against the given model's own probabilities for them: it keeps the model as it was
+        between the few clean images too.
       held_back: share of the clean set that nothing is trained on, to measure the accuracy.
       budget: of the accuracy on it, what may be lost where something was found, beside one standard
         error; of more, the way is gone back. Where nothing stands out, none may.
@@ -99,7 +100,7 @@ class IBAUConfig:
     mixed: float = 1.0
     held_back: float = 0.1
     budget: float = 0.04
-    outer_optimizer: Optimizer = Adam(1e-3, schedule="cosine", clip=1.0)  # noqa: RUF009
+    outer_optimizer: Optimizer = Adam(1.5e-3, schedule="cosine", clip=1.0)  # noqa: RUF009
     hessian: str = "same"
     hessian_images: int | None = 10
     solver: Solver = NormalCG(steps=2, damping=0.1)  # noqa: RUF009  (frozen)

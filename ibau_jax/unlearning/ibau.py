@@ -154,7 +154,7 @@ def ibau(
             batch = patch(subkey, batch, config.share, axis)
         else:
             batch = spread(subkey, batch, aim, config, axis)
-        few = pick(batches, 0) if config.hessian == "first" else batch
+        few = (pick(batches, 0) if config.hessian == "first" else batch)._replace(mixed=None)
         few = first_rows(few, config.hessian_images, config.rows_multiple, axis)
         few = few if aim is None else aimed(few, aim.rule)
         value, gradient, report = implicit(  # line 7

@@ -47,8 +47,8 @@ def make_loss(logits: Logits, config: IBAUConfig, axis: str | None = None):
     what is added leads to a label that is not the image's own, -log(1 - p(label)) comes on top:
     no more is asked than "not that label" (Wei et al., NeurIPS 2023: SAU).
 
-    Where it has `mixed` images, `config.mixed` times their loss against `mixed_taught` comes on
-    top: a few thousand images say what the model was there alone, and it drifts elsewhere
+    Where it has `mixed`, `config.mixed` times the mean loss of those against what they are taught
+    comes on top: a few thousand images say what the model was there alone, and it drifts elsewhere
     (mixtures for distillation: Beyer et al., CVPR 2022).
     """
 
@@ -61,12 +61,22 @@ def make_loss(logits: Logits, config: IBAUConfig, axis: str | None = None):
         if batch.towards is not None:
             misled = (batch.towards != UNTARGETED) & (batch.towards != batch.labels)
             each += jnp.where(misled, not_that_label(found, batch.towards), 0)
-        if batch.mixed is not None:
-            mixed = logits(params, batch.mixed)
-            each += config.mixed * optax.losses.softmax_cross_entropy(mixed, batch.mixed_taught)
         return jnp.sum(batch.weights * each)
 
-    return in_parts(loss, config, axis)
+    def drift(delta, params, mixed: Batch):
+        del delta
+        found = logits(params, mixed.images)
+        return jnp.sum(mixed.weights * optax.losses.softmax_cross_entropy(found, mixed.taught))
+
+    loss_of, drift_of = (in_parts(one, config, axis) for one in (loss, drift))
+
+    def both(delta, params, batch: Batch):
+        of_images = loss_of(delta, params, batch)
+        if batch.mixed is None:
+            return of_images
+        return of_images + config.mixed * drift_of(delta, params, batch.mixed)
+
+    return both
 
 
 def patched_images(delta: jax.Array, batch: Batch, config: IBAUConfig) -> jax.Array:
@@ -78,10 +88,13 @@ def patched_images(delta: jax.Array, batch: Batch, config: IBAUConfig) -> jax.Ar
 
 
 def in_parts(loss, config: IBAUConfig, axis: str | None = None):
-    """`loss(delta, params, batch)`, a sum over a batch, differentiated a few images at a time."""
+    """`loss(delta, params, batch)`, a sum over a batch, differentiated a few images at a time.
+
+    Its mixtures are left out.
+    """
     size = config.microbatch
     parts = summed(loss, size if isinstance(size, int) else None, axis)
-    return lambda delta, params, batch: parts(delta, params, batch._replace(size=None))
+    return lambda delta, params, batch: parts(delta, params, batch._replace(size=None, mixed=None))
 
 
 def make_inner(loss, config: IBAUConfig):

@@ -9,8 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ibau_jax import IBAUConfig
-from ibau_jax.unlearning.batches import UNTARGETED, Batch, mixtures
+from ibau_jax import Dataset, IBAUConfig
+from ibau_jax.unlearning.batches import (
+    UNTARGETED,
+    Batch,
+    make_batches,
+    make_mixtures,
+    mixtures,
+)
 from ibau_jax.unlearning.objective import Aim, aimed, make_leading, make_loss, spread
 
 CONFIG = replace(IBAUConfig(), microbatch=None)
@@ -77,31 +83,42 @@ def test_the_loss_by_hand():
 
 
 def test_the_loss_of_mixtures_by_hand():
-    """It is added with its weight, and neither delta nor what was found reaches them."""
-    plain = batch_of(3)
-    mixed = mixtures(plain.images, 0)
-    np.testing.assert_allclose(mixed[0], (plain.images[0] + plain.images[2]) / 2)
-    taught = np.asarray(jax.nn.softmax(RNG.normal(size=(3, 3)).astype(np.float32)))
-    batch = plain._replace(mixed=mixed, mixed_taught=taught, patched=plain.patched + 1)
+    """It is added with its weight, and neither delta nor a label reaches them."""
+    mixed = batch_of(2)
+    batch = batch_of(3)._replace(patched=jnp.ones(3))
     delta = np.full((3, 4, 1), 0.1, np.float32)
-    config = replace(CONFIG, mixed=0.7)
-    found = make_loss(logits, config)(delta, W, batch)
-    without = make_loss(logits, config)(delta, W, batch._replace(mixed=None))
-    p = np.asarray(jax.nn.softmax(logits(W, mixed)), np.float64)
+    loss = make_loss(logits, replace(CONFIG, mixed=0.7))
+    found = loss(delta, W, batch._replace(mixed=mixed))
+    p = np.asarray(jax.nn.softmax(logits(W, mixed.images)), np.float64)
     np.testing.assert_allclose(
-        found - without, -0.7 * (taught * np.log(p)).sum(1).mean(), rtol=1e-4
+        found - loss(delta, W, batch), -0.7 * (mixed.taught * np.log(p)).sum(1).mean(), rtol=1e-4
     )
 
 
 @given(st.integers(1, 20), st.integers(0, 50))
-def test_mixtures_use_each_image_twice(count, number):
-    images = RNG.uniform(size=(count, 2, 2, 1)).astype(np.float32)
-    mixed = mixtures(images, number)
-    assert mixed.dtype == images.dtype and mixed.min() >= 0 and mixed.max() <= 1
-    np.testing.assert_allclose(mixed.sum(0), images.sum(0), rtol=1e-4)
-    if (1 + number) % count:
-        assert np.abs(mixed - images).max() > 0
-        assert number == 0 or not np.array_equal(mixed, mixtures(images, number - 1))
+def test_mixtures_use_each_image(count, number):
+    """All pairs of a round differ from those of the next, and half as many use all images."""
+    images = np.eye(count, dtype=np.float32)[:, :, None, None]
+    mixed = mixtures(images, number, -(-count // 2))[:, :, 0, 0]
+    assert mixed.dtype == images.dtype and np.all(mixed.sum(1) == 1)
+    used = mixed.sum(0)
+    assert np.all(used >= 0.5) and np.sum(used > 0.5) <= 1
+    if count > 2:
+        assert np.all(mixed.max(1) == 0.5)
+    if count > 3:
+        assert not np.array_equal(mixed, mixtures(images, number + 1, len(mixed))[:, :, 0, 0])
+
+
+@given(st.integers(1, 40), st.integers(1, 13))
+def test_a_batch_has_half_as_many_mixtures(count, size):
+    images = np.linspace(0, 1, count, dtype=np.float32)[:, None, None, None]
+    clean = Dataset(images, np.zeros(count, np.int32))
+    config = replace(CONFIG, batch_size=size)
+    batches, sizes = make_batches(clean, config)
+    mixed = make_mixtures(clean, config, 3, lambda images: images[:, :, 0, 0])
+    assert mixed.images.shape == (len(sizes), -(-size // 2), 1, 1, 1)
+    np.testing.assert_array_equal(mixed.taught, mixed.images[:, :, :, 0, 0])
+    np.testing.assert_allclose(mixed.weights.sum(1), 1, rtol=1e-5)
 
 
 @pytest.mark.parametrize("rule", [[1, 1, 1], [1, 2, 0], [UNTARGETED] * 3])
