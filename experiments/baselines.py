@@ -2,15 +2,12 @@
 
     python experiments/baselines.py run --reference DIR [--defenses nad naive] [--models BadNets]
     python experiments/baselines.py table
-    python experiments/baselines.py race --reference DIR [--model BadNets] [--against nad]
 
 `run` needs CIFAR-10 and GTSRB (TFDS_DATA_DIR) and the folder of the published checkpoints. Each
 defense runs with its default preset (of I-BAU `default`, of the others `cpu`); `ibau-untargeted` is
 what was the default of I-BAU before it searched. The rows of each run are written to
 `experiments/results/baselines.jsonl` as it ends; what is there already is left out, so it can be
-stopped and started again. `race` runs I-BAU and another defense in turn, for the
-seconds that each takes until ASR is below 20 % (the paper's Table 6) with at most 10 points of ACC
-lost, without compilation.
+stopped and started again. `experiments/race.py` looks at the seconds more closely.
 """
 
 import tempfile
@@ -28,7 +25,6 @@ from ibau_jax.errors import check_name
 from ibau_jax.results.rows import read_rows, write_rows
 
 RESULTS = Path(__file__).parent / "results" / "baselines.jsonl"
-RACE = RESULTS.with_name("race.jsonl")
 POISON_RATIO = 0.2  # of the published models
 ZOO = Path(__file__).parent / "zoo"
 FROM_ZOO = (
@@ -144,32 +140,6 @@ def effective(rows: list[dict], asr: float = 0.2, drop: float = 0.1) -> tuple[fl
     return None
 
 
-@dataclass
-class Race:
-    """Alternating pairs."""
-
-    reference: Path
-    """Folder of the published models (checkpoints/, triggers/)."""
-    model: str = "BadNets"
-    against: str = "nad"
-    pairs: int = 3
-    out: Path = RACE
-
-
-def race(settings: Race) -> None:
-    """I-BAU and another defense in turn: seconds until they take effect."""
-    check_name("model", settings.model, PAPER)
-    for pair in range(1, settings.pairs + 1):
-        row: dict = {"model": settings.model, "pair": pair}
-        for defense in ("ibau", settings.against):
-            rows = one(settings.reference, settings.model, defense, seed=0)
-            seconds, rounds = effective(rows) or (None, None)
-            row |= {"against": settings.against, f"{defense}_rounds": rounds, defense: seconds}
-        write_rows(settings.out, [*read(settings.out), row])
-        ratio = row[settings.against] and row["ibau"] and row[settings.against] / row["ibau"]
-        print(row, f"ratio {ratio:.2f}" if ratio else "one of them took no effect", flush=True)
-
-
 def table() -> None:
     """Print the table (Markdown), seed 0, after the last round; then the means."""
     runs = defaultdict(list)
@@ -248,6 +218,6 @@ def percent(value: float | None) -> str:
 
 
 if __name__ == "__main__":
-    commands = {"run": run, "table": table, "race": race}
+    commands = {"run": run, "table": table}
     flat = (tyro.conf.OmitArgPrefixes,)
     tyro.extras.subcommand_cli_from_dict(commands, description=__doc__, config=flat)

@@ -1,12 +1,15 @@
 """What tries the default: unseen models, and the changes of the ablation."""
 
 import importlib
+from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from conftest import MODEL, clean, small_model
 
-from ibau_jax import IBAUConfig
+from ibau_jax import IBAUConfig, unlearn
 from ibau_jax.defenses import hunt
 from ibau_jax.hypergradient import Direct
 from ibau_jax.unlearning import evidence
@@ -19,6 +22,13 @@ def unseen(monkeypatch):
     """The script as a module."""
     monkeypatch.syspath_prepend(str(EXPERIMENTS))
     return importlib.import_module("unseen")
+
+
+@pytest.fixture
+def race(monkeypatch):
+    """The script as a module."""
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    return importlib.import_module("race")
 
 
 @pytest.fixture
@@ -63,3 +73,30 @@ def test_changes_of_the_ablation(targeted):
         assert after == before
     with pytest.raises(ValueError, match="no geometry"), targeted.mocked("without=7x7-window"):
         pass
+
+
+def test_a_race_looks_at_every_fifth_step(race):
+    """And after each round, at what the model was then."""
+    config = replace(
+        IBAUConfig.untargeted(), rounds=2, batch_size=50, inner_steps=2, microbatch=None
+    )
+    with race.copying() as copies:
+        run = unlearn.run(
+            MODEL, small_model(0, True), clean(), config=config, key=jax.random.key(0)
+        )
+        given = run._job.variables
+        rounds = [record.params for record in run]
+    steps = 2 * -(-len(clean().labels) // 50)
+    assert len(copies.taken) == steps // race.EVERY > 1
+    seconds = [second for second, _ in copies.taken]
+    assert seconds == sorted(seconds) and seconds[0] > 0
+    for _, variables in copies.taken:
+        assert jax.tree.structure(variables) == jax.tree.structure(given)
+    copied, ended = (jax.tree.leaves(tree) for tree in (copies.taken[-1][1], rounds[-1]))
+    assert steps % race.EVERY or all(map(np.array_equal, copied, ended))
+
+
+def test_a_race_is_won_with_the_accuracy_kept(race):
+    row = {"acc_before": 0.8, "looks": [[1.0, 0.6, 0.1], [2.0, 0.75, 0.3], [3.0, 0.71, 0.19]]}
+    assert race.effective(row) == 3.0
+    assert race.effective({**row, "looks": row["looks"][:2]}) is None
