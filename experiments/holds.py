@@ -7,10 +7,12 @@
 The zoo, the published models (of the folder --reference) and those of `experiments/unseen.py` (in
 --folder; what is not there is left out). Measured as `ibau defend` does, on images that the clean
 set does not have. Rows go to `experiments/results/holds.jsonl` and `inspect.jsonl` as they come;
-what is there already is left out. Needs CIFAR-10 and GTSRB (TFDS_DATA_DIR).
+what is there already is left out, and so is what `experiments/baselines.py` ran. Needs CIFAR-10 and
+GTSRB (TFDS_DATA_DIR).
 """
 
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 import tyro
+from baselines import RESULTS as BASELINES
 from published_models import MODELS as PUBLISHED
 from published_models import import_model, read
 from unseen import MODELS as UNSEEN
@@ -70,7 +73,8 @@ def run(grid: Run) -> None:
     for seed in grid.seeds:
         for name in grid.models:
             cell = name, seed, grid.images
-            if any((row["model"], row["seed"], row["images"]) == cell for row in read(out)):
+            done = [*read(out), *of_baselines()]
+            if any((row["model"], row["seed"], row["images"]) == cell for row in done):
                 continue
             with stored(grid, name) as path, tempfile.TemporaryDirectory() as folder:
                 if path is None:
@@ -84,6 +88,19 @@ def run(grid: Run) -> None:
             write_rows(out, [*read(out), row])
             jax.clear_caches()
             print(name, seed, *shown(row), flush=True)
+
+
+def of_baselines() -> list[dict[str, Any]]:
+    """The runs of the default that the grid of all defenses has."""
+    runs = defaultdict(list)
+    for row in read(BASELINES):
+        if row["defense"] == "ibau" and row["preset"] == "default":
+            runs[row["experiment"], row["seed"]].append(row)
+    return [
+        {"model": model, "seed": seed, "images": None, "before": rows[0], "after": rows[-1]}
+        | {k: rows[-1][k] for k in ("der", "verdict", "flagged")}
+        for (model, seed), rows in runs.items()
+    ]
 
 
 def search(grid: Run) -> None:
@@ -127,7 +144,8 @@ def table() -> None:
     """Print the tables (Markdown)."""
     print("| model | seed | as given | after | ASR excl. | RA | DER | unlearned | verdict |")
     print("|---|---|---|---|---|---|---|---|---|")
-    rows = sorted(read(RESULTS), key=lambda row: MODELS.index(row["model"]))
+    found = [*read(RESULTS), *of_baselines()]
+    rows = sorted(found, key=lambda row: (MODELS.index(row["model"]), row["seed"]))
     for row in rows:
         images = f", {row['images']} images" if row["images"] else ""
         print(f"| {row['model']} | {row['seed']}{images} | {' | '.join(shown(row))} |")
