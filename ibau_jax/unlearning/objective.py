@@ -101,7 +101,7 @@ def make_inner(loss, config: IBAUConfig):
     """What delta minimises: `inner(delta, params, batch) -> scalar`, minus H plus the penalty."""
 
     def inner(delta, params, batch: Batch):
-        everywhere = batch._replace(patched=jnp.ones_like(batch.weights))
+        everywhere = batch._replace(patched=jnp.ones_like(batch.weights), mixed=None)
         # sum of squares and not norm squared: the latter has a NaN gradient at zero
         return config.penalty * jnp.sum(delta**2) - loss(delta, params, everywhere)
 

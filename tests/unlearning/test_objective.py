@@ -17,7 +17,7 @@ from ibau_jax.unlearning.batches import (
     make_mixtures,
     mixtures,
 )
-from ibau_jax.unlearning.objective import Aim, aimed, make_leading, make_loss, spread
+from ibau_jax.unlearning.objective import Aim, aimed, make_inner, make_leading, make_loss, spread
 
 CONFIG = replace(IBAUConfig(), microbatch=None)
 RNG = np.random.default_rng(0)
@@ -93,6 +93,8 @@ def test_the_loss_of_mixtures_by_hand():
     np.testing.assert_allclose(
         found - loss(delta, W, batch), -0.7 * (mixed.taught * np.log(p)).sum(1).mean(), rtol=1e-4
     )
+    inner = make_inner(loss, CONFIG)
+    assert inner(delta, W, batch._replace(mixed=mixed)) == inner(delta, W, batch)
 
 
 @given(st.integers(1, 20), st.integers(0, 50))
