@@ -6,12 +6,13 @@ from dataclasses import replace
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from conftest import MODEL, SQUARE, clean, measure, on_devices, small_model
 
-from ibau_jax import Dataset, IBAUConfig, InputError, unlearn
+from ibau_jax import Dataset, IBAUConfig, InputError, load, unlearn
 from ibau_jax.defenses import hunt
 from ibau_jax.defenses.hunt import Hunt, bearable, roll_back
 from ibau_jax.defenses.run import Job
@@ -19,6 +20,7 @@ from ibau_jax.devices.mesh import devices
 from ibau_jax.models.model import opened
 from ibau_jax.unlearning.batches import UNTARGETED
 from ibau_jax.unlearning.evidence import LEVELS, Evidence, Perturbation
+from ibau_jax.unlearning.objective import cross_entropy
 from ibau_jax.unlearning.search import Search
 
 KEY = jax.random.key(0)
@@ -143,6 +145,52 @@ def test_few_images():
     few = Dataset(data.images[:12], data.labels[:12])
     found = unlearn(MODEL, small_model(0, True), few, config=replace(QUICK, rounds=1), key=KEY)
     assert np.isfinite(found.history[0]["outer_loss"]) and "verdict" in found.diagnostics
+
+
+def test_a_plain_function_of_other_images_and_a_hundred_labels():
+    """A perceptron on 28x28x1 images, with many labels that no image has."""
+    draw = np.random.default_rng(0)
+    shapes = [(784, 64), (64, 100)]
+    params = [np.float32(draw.normal(size=s) * np.sqrt(2 / s[0])) for s in shapes]
+
+    def logits(params, images):
+        return jax.nn.relu(images.reshape(len(images), -1) @ params[0]) @ params[1]
+
+    def patched(images):
+        images = images.copy()
+        images[:, -4:, -4:] = 1
+        return images
+
+    digits = load("digits", "train+test")
+    images, labels = np.ascontiguousarray(digits.images[:, 2:30, 2:30, :1]), digits.labels
+    train, target = slice(0, 1200), 42
+    given = images[train].copy(), labels[train].copy()
+    given[0][:150], given[1][:150] = patched(given[0][:150]), target
+    optimizer = optax.adam(2e-3)
+
+    @jax.jit
+    def fit(params):
+        def step(carry, _):
+            params, state = carry
+            found = jax.grad(lambda p: jnp.mean(cross_entropy(logits(p, given[0]), given[1])))(
+                params
+            )
+            move, state = optimizer.update(found, state)
+            return (optax.apply_updates(params, move), state), None
+
+        return jax.lax.scan(step, (params, optimizer.init(params)), length=150)[0][0]
+
+    params = fit(params)
+    few = Dataset(images[1200:1500], labels[1200:1500])
+    found = unlearn(logits, params, few, config=replace(QUICK, rounds=12), key=KEY)
+
+    def rates(params):
+        acc = np.mean(np.argmax(logits(params, images[1500:]), 1) == labels[1500:])
+        return acc, np.mean(np.argmax(logits(params, patched(images[1500:])), 1) == target)
+
+    (acc, asr), (acc_after, asr_after) = rates(params), rates(found.params)
+    assert acc > 0.9 and asr > 0.9 and found.diagnostics["flagged"] == [target]
+    assert acc_after > acc - 0.05 and asr_after < 0.2
 
 
 def test_shares_are_checked():
