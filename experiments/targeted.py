@@ -109,7 +109,7 @@ def changed(changes: str) -> IBAUConfig:
         elif name == "solver":
             config = replace(config, solver={"direct": Direct()}[value])
         elif name not in MOCKED:
-            whole = isinstance(getattr(config, name), int)
+            whole = isinstance(getattr(config, name), int | None)
             config = replace(config, **{name: int(value) if whole else float(value)})
     return config
 

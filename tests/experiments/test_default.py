@@ -62,7 +62,8 @@ def test_changes_of_the_ablation(targeted):
     assert targeted.changed("") == IBAUConfig()
     assert targeted.changed("preset=untargeted") == IBAUConfig.untargeted()
     assert targeted.changed("solver=direct").solver == Direct()
-    assert targeted.changed("rounds=3 share=0.2 pool=1").share == 0.2
+    config = targeted.changed("rounds=3 share=0.2 pool=1")
+    assert config.share == 0.2 and isinstance(config.rounds, int)
     for change in targeted.ABLATION[1:]:
         changes = " ".join(change)
         before = evidence.LEVELS, evidence.GEOMETRIES, hunt.Hunt.look
