@@ -19,15 +19,7 @@ from ibau_jax.models.model import Logits, Params, of_params
 from ibau_jax.models.predict import predict, probabilities, usual_batch
 from ibau_jax.progress import note_of
 from ibau_jax.training.optimizers import shown
-from ibau_jax.unlearning.batches import (
-    Batch,
-    images_a_batch,
-    make_batches,
-    make_mixtures,
-    parted,
-    resolve,
-    shuffled,
-)
+from ibau_jax.unlearning.batches import make_batches, make_mixtures, parted, resolve, shuffled
 from ibau_jax.unlearning.config import IBAUConfig
 from ibau_jax.unlearning.ibau import Step, ibau
 from ibau_jax.unlearning.objective import cross_entropy
@@ -75,26 +67,19 @@ def unlearn(job: Job) -> Rounds:
         check_count(clean)
     rounds, row = config.rounds or 1, {}
     yield job.variables, row
-    num_batches = -(-len(clean.labels) // images_a_batch(config, len(clean.labels)))
-    algorithm = ibau(logits, config, num_batches, devices.axis, job.program)
     teach = probabilities(logits)
-    with job.compiling():
-        if config.distilled or config.mixed:
+    if config.distilled or config.mixed:
+        with job.compiling():
             teach(params, clean.images[: usual_batch()])
+    taught = teach(params, clean.images) if config.distilled else None
+    batches, sizes = make_batches(clean, config, devices, taught)
+    algorithm = ibau(logits, config, len(sizes), devices.axis, job.program)
+    with job.compiling():
         init = jax.jit(algorithm.init)
         state = devices.replicate(init(params, key))
         size = jax.jit(config.ball.size).lower(clean.images[0]).compile()
-    hunt = Hunt(job, clean, config, num_batches) if config.searched else None
+    hunt = Hunt(job, clean, config, len(sizes)) if config.searched else None
     label, kept = predict(logits), 1.0
-    taught = {"taught": teach(given, clean.images)} if config.distilled else {}
-
-    def cut(number: int) -> Batch:
-        """The batches of a round: each has mixtures of its own."""
-        batches, _ = make_batches(clean, config, devices, **taught)
-        if not config.mixed:
-            return batches
-        mixed = make_mixtures(clean, config, number, partial(teach, given), devices)
-        return batches._replace(mixed=mixed)
 
     def right(params: Params) -> np.ndarray:
         return label(params, held.images) == held.labels if held else np.ones(0, bool)
@@ -104,7 +89,7 @@ def unlearn(job: Job) -> Rounds:
         hunt.look(params)
     for stage in itertools.count(1):
         title = "I-BAU" if stage == 1 else f"I-BAU, stage {stage}"
-        with job.progress(rounds * num_batches, title) as advance:
+        with job.progress(rounds * len(sizes), title) as advance:
 
             def told(step: Step, advance=advance) -> None:
                 job.check_finite("the loss", devices.one(step.loss))
@@ -113,8 +98,9 @@ def unlearn(job: Job) -> Rounds:
             for number in range(rounds):
                 advance(0, note_of(row))
                 aims = hunt.aims(number) if hunt else ()
-                if config.mixed or (stage, number) == (1, 0):
-                    batches = cut(number)
+                if config.mixed:  # of each round others
+                    mixed = make_mixtures(clean, config, number, partial(teach, given), devices)
+                    batches = batches._replace(mixed=mixed)
                 state, info = algorithm.round(state, batches, told, aims)
                 devices.check_equal(state=state, delta=info.delta)
                 delta, height, steps = jax.tree.map(np.asarray, devices.one(info))

@@ -51,7 +51,7 @@ def make_batches(
     clean: Dataset,
     config: IBAUConfig,
     on: Devices | None = None,
-    **more: np.ndarray,
+    taught: np.ndarray | None = None,
 ) -> tuple[Batch, np.ndarray]:
     """Cut a clean set, in its order, into batches; the last one may be smaller.
 
@@ -65,7 +65,7 @@ def make_batches(
       config: from `resolve`.
       on: spread the rows of each batch over these devices; None: leave them where JAX puts
         arrays.
-      more: fields of a `Batch`, for each image.
+      taught: for each image, see `Batch`.
 
     Returns:
       The stack, and the number of real images in each batch.
@@ -87,7 +87,7 @@ def make_batches(
             weights=weights.astype(clean.images.dtype),
             patched=np.zeros(index.shape, clean.images.dtype),
             size=sizes.astype(np.int32),
-            **{name: values[index] for name, values in more.items()},
+            taught=None if taught is None else taught[index],
         )
 
     return (jax.tree.map(jnp.asarray, rows_of(0)) if on is None else on.share(rows_of)), sizes
@@ -127,7 +127,7 @@ def make_mixtures(
     half = -(-config.batch_size // 2)
     images = mixtures(clean.images, number, half * -(-len(clean.labels) // config.batch_size))
     unlabelled = Dataset(images, np.zeros(len(images), np.int32))
-    return make_batches(unlabelled, replace(config, batch_size=half), on, taught=teach(images))[0]
+    return make_batches(unlabelled, replace(config, batch_size=half), on, teach(images))[0]
 
 
 def parted(clean: Dataset, key: jax.Array, count: int) -> tuple[Dataset, Dataset]:
