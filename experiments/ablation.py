@@ -13,13 +13,16 @@ import tempfile
 import time
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import tyro
-from published_models import import_model, read
+from grid import RESULTS as FOLDER
+from grid import Row, fill, read
+from published_models import import_model
 
 from ibau_jax import IBAUConfig, load, unlearn
 from ibau_jax.hypergradient import CG, Direct, Neumann, NormalCG
@@ -27,9 +30,8 @@ from ibau_jax.models.files import load_model
 from ibau_jax.models.model import evaluation_logits
 from ibau_jax.models.vgg import build
 from ibau_jax.results.metrics import evaluator
-from ibau_jax.results.rows import write_rows
 
-RESULTS = Path(__file__).parent / "results" / "ablation.jsonl"
+RESULTS = FOLDER / "ablation.jsonl"
 NAMES = ("BadNets", "l2", "Trojan WM")
 METHODS: dict[str, dict[str, Any]] = {
     # A ball of no size: nothing is patched, and Adam fine-tunes on the clean set.
@@ -42,6 +44,16 @@ METHODS: dict[str, dict[str, Any]] = {
     "normal CG 2": {"solver": NormalCG(2, 0.1)},
     "projected, normal CG 2": {"solver": NormalCG(2, 0.1), "constrained": True},
 }
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run."""
+
+    model: str
+    method: str
+    rounds: int
+    seed: int
 
 
 @dataclass
@@ -60,35 +72,33 @@ class Run:
 def run(grid: Run) -> None:
     """Fill the grid, seed by seed."""
     cells = [
-        (rounds, seed, name, method)
+        Cell(name, method, rounds, seed)
         for seed in grid.seeds
         for rounds in grid.rounds
         for name in grid.models
         for method in grid.methods
     ]
-    for cell in cells:
-        done = read(grid.out)
-        if any((r["rounds"], r["seed"], r["model"], r["method"]) == cell for r in done):
-            continue
-        row = one(grid.reference, *cell)
-        write_rows(grid.out, [*done, row])
-        jax.clear_caches()  # programs of some thirty runs use up the mappings of a process
-        print(*cell, *(round(row[k], 4) for k in ("acc", "asr", "asr_excl")), flush=True)
+    fill(grid.out, cells, partial(measure, grid.reference), shown)
 
 
-def one(reference: Path, rounds: int, seed: int, name: str, method: str) -> dict[str, Any]:
+def shown(row: Row) -> str:
+    return f"ACC {row['acc']:.3f} ASR {row['asr']:.3f} excl. {row['asr_excl']:.3f}"
+
+
+def measure(reference: Path, cell: Cell) -> Row:
     with tempfile.TemporaryDirectory() as folder:
-        model = load_model(import_model(reference, name, Path(folder)))
+        model = load_model(import_model(reference, cell.model, Path(folder)))
     logits = evaluation_logits(build(model.architecture, model.num_classes), model.variables)
     measure = evaluator(logits, load("cifar10", "test[5000:]"), model.attacks)
-    config = replace(IBAUConfig.untargeted(), rounds=rounds, keep_diverged=True, **METHODS[method])
-    clean, key = load("cifar10", "test[:5000]"), jax.random.key(seed)
+    config = replace(IBAUConfig.untargeted(), rounds=cell.rounds, keep_diverged=True)
+    config = replace(config, **METHODS[cell.method])
+    clean, key = load("cifar10", "test[:5000]"), jax.random.key(cell.seed)
     started = time.perf_counter()
     result = unlearn(logits, model.variables["params"], clean, config=config, key=key)
     wall = time.perf_counter() - started
+    jax.clear_caches()  # programs of some thirty runs use up the mappings of a process
     kept = ("residual", "failed_solves", "fallbacks", "products", "contraction", "delta_norm")
     return {
-        **{"model": name, "method": method, "rounds": rounds, "seed": seed},
         **measure(result.params)._asdict(),
         **{k: result.history[-1][k] for k in kept},
         **{"seconds": result.seconds, "wall_seconds": wall},
@@ -102,7 +112,8 @@ def table() -> None:
     """
     cells = defaultdict(list)
     for row in read(RESULTS):
-        cells[row["rounds"], row["model"], row["method"]].append(row)
+        cell = row["cell"]
+        cells[cell["rounds"], cell["model"], cell["method"]].append(row)
     print("| rounds | model | method | seeds | ACC | ASR | ASR excl. | residual | diverged |")
     print("|---|---|---|---|---|---|---|---|---|")
     for rounds in (1, 3):

@@ -20,8 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from grid import read
 from jax.flatten_util import ravel_pytree
-from published_models import MODELS, read
+from published_models import MODELS
 
 from ibau_jax import IBAUConfig, load
 from ibau_jax.hypergradient import Direct, Neumann, NormalCG, hypergradient

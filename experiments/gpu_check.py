@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from published_models import read
+from grid import read
 
 from ibau_jax import SGD, IBAUConfig, unlearn
 from ibau_jax.data import Dataset, load

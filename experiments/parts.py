@@ -29,14 +29,14 @@ import jax
 import jax.numpy as jnp
 import optax
 import tyro
-from published_models import read
+from grid import RESULTS as FOLDER
+from grid import Row, fill, read
 from zoo import prepare
 
 from ibau_jax import IBAUConfig, load, unlearn
 from ibau_jax.defenses.ft_sam import ascent
 from ibau_jax.defenses.sau import divergence
 from ibau_jax.errors import InputError, check_name
-from ibau_jax.results.rows import write_rows
 from ibau_jax.unlearning import ibau
 from ibau_jax.unlearning.batches import Batch
 from ibau_jax.unlearning.geometries import cosine, pixels, window
@@ -50,7 +50,7 @@ from ibau_jax.unlearning.objective import (
 )
 from ibau_jax.unlearning.search import Search
 
-RESULTS = Path(__file__).parent / "results" / "parts.jsonl"
+RESULTS = FOLDER / "parts.jsonl"
 MODELS = ("cifar10-badnets", "cifar10-trojan-watermark", "cifar10-l0")
 Loss = Callable[..., jax.Array]
 PLAIN, PLAIN_INNER = ibau.make_loss, ibau.make_inner
@@ -176,6 +176,15 @@ SEARCHED = ("searched", "searched-not-that")
 PARTS = ("default", *OUTER, "shared", *SEARCHED)
 
 
+@dataclass(frozen=True)
+class Cell:
+    """One run."""
+
+    model: str
+    part: str
+    seed: int
+
+
 @dataclass
 class Run:
     """Which cells."""
@@ -190,22 +199,16 @@ def run(grid: Run) -> None:
     """Fill the grid."""
     for part in grid.parts:
         check_name("part", part, PARTS)
-    cells = [(n, p, seed) for seed in grid.seeds for p in grid.parts for n in grid.models]
-    for cell in cells:
-        done = read(grid.out)
-        if any((row["model"], row["part"], row["seed"]) == cell for row in done):
-            continue
-        row = one(*cell)
-        write_rows(grid.out, [*done, row])
-        print(*row.values(), flush=True)
+    cells = [Cell(n, p, seed) for seed in grid.seeds for p in grid.parts for n in grid.models]
+    fill(grid.out, cells, measure, lambda row: f"{row['acc']:.3f} {row['asr']:.3f}")
 
 
-def one(name: str, part: str, seed: int) -> dict[str, Any]:
-    model, given, logits, measure = prepare(name)
-    clean, key = load(model.dataset, "test[:5000]"), jax.random.key(seed)
-    target, searched, marked = model.attacks[0].target, None, patch
+def measure(cell: Cell) -> Row:
+    model, given, logits, look = prepare(cell.model)
+    clean, key = load(model.dataset, "test[:5000]"), jax.random.key(cell.seed)
+    part, target, searched, marked = cell.part, model.attacks[0].target, None, patch
     if part in SEARCHED:
-        searched = towards(logits, given, clean, target, seed)
+        searched = towards(logits, given, clean, target, cell.seed)
         marked = partial(patch_many, len(searched))
 
     def make_loss(logits, config, axis=None) -> Loss:
@@ -224,11 +227,10 @@ def one(name: str, part: str, seed: int) -> dict[str, Any]:
     with mock.patch.multiple(ibau, **mocks):
         config = IBAUConfig.untargeted()
         found = unlearn(logits, given, clean, config=config, key=key)
-    before, after = measure(given), measure(found.params)
+    before, after = look(given), look(found.params)
     fields = ("acc", "asr", "asr_excl", "ra")
     jax.clear_caches()
     return {
-        **{"model": name, "part": part, "seed": seed},
         **{f"{k}_before": getattr(before, k) for k in fields[:2]},
         **{k: getattr(after, k) for k in fields},
         **{"seconds": found.seconds, "device": jax.devices()[0].device_kind},
@@ -237,15 +239,16 @@ def one(name: str, part: str, seed: int) -> dict[str, Any]:
 
 def table() -> None:
     """Print the table (Markdown): ACC / ASR / ASR excl., of seed 0."""
-    rows = {(row["part"], row["model"]): row for row in read(RESULTS) if row["seed"] == 0}
+    cells = [(row["cell"], row) for row in read(RESULTS)]
+    rows = {(cell["part"], cell["model"]): row for cell, row in cells if cell["seed"] == 0}
     print("| part |", " | ".join(MODELS), "|\n|---|" + "---|" * len(MODELS))
     first = [rows.get(("default", name)) for name in MODELS]
     given = [f"{r['acc_before']:.3f} / {r['asr_before']:.3f}" if r else "" for r in first]
     print("| as given |", " | ".join(given), "|")
     for part in PARTS:
-        cells = [rows.get((part, name)) for name in MODELS]
+        found = [rows.get((part, name)) for name in MODELS]
         shown = ("acc", "asr", "asr_excl")
-        texts = [" / ".join(f"{r[k]:.3f}" for k in shown) if r else "" for r in cells]
+        texts = [" / ".join(f"{r[k]:.3f}" for k in shown) if r else "" for r in found]
         print(f"| {part} |", " | ".join(texts), "|")
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 import tyro
-from published_models import read
+from grid import read
 from zoo import CIFAR10, FOLDER
 
 from ibau_jax import load

@@ -11,29 +11,39 @@ Needs CIFAR-10 and GTSRB (TFDS_DATA_DIR). Rows go to `experiments/results/target
 come; what is there already is left out.
 """
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import jax
 import tyro
-from published_models import MODELS as PUBLISHED
-from published_models import import_model, read
-from zoo import CIFAR10, prepare, prepare_file
+from grid import RESULTS as FOLDER
+from grid import Row, fill, read
+from measure import Models
+from zoo import CIFAR10, prepare_file
 
 from ibau_jax import IBAUConfig, load, unlearn
 from ibau_jax.defenses import hunt
 from ibau_jax.hypergradient import Direct
-from ibau_jax.results.rows import write_rows
 from ibau_jax.training.optimizers import Adam
 from ibau_jax.unlearning import evidence
 from ibau_jax.unlearning.config import PRESETS
 
-RESULTS = Path(__file__).parent / "results" / "targeted.jsonl"
+RESULTS = FOLDER / "targeted.jsonl"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run."""
+
+    model: str
+    seed: int
+    changes: str
+    images: int
 
 
 @dataclass
@@ -54,14 +64,8 @@ class Run:
 def run(grid: Run) -> None:
     """Fill the grid."""
     changes = " ".join(sorted(grid.change))
-    for cell in [(name, seed, changes, grid.images) for seed in grid.seeds for name in grid.models]:
-        done = read(grid.out)
-        keys = ("model", "seed", "changes", "images")
-        if any(tuple(row[k] for k in keys) == cell for row in done):
-            continue
-        row = one(grid.reference, *cell)
-        write_rows(grid.out, [*read(grid.out), row])
-        print(*row.values(), flush=True)
+    cells = [Cell(name, seed, changes, grid.images) for seed in grid.seeds for name in grid.models]
+    fill(grid.out, cells, partial(measure, Models(grid.reference)), shown)
 
 
 @dataclass
@@ -146,22 +150,18 @@ def pool(stack: ExitStack, value: str) -> None:
 MOCKED = {"without": without, "pool": pool}
 
 
-def one(reference: Path | None, name: str, seed: int, changes: str, images: int) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        reference = reference if name in PUBLISHED else None
-        model, given, logits, measure = (
-            prepare_file(import_model(reference, name, Path(folder)))
-            if reference
-            else prepare(name)
-        )
-    clean = load(model.dataset, f"test[:{images}]")
-    with mocked(changes):
-        found = unlearn(logits, given, clean, config=changed(changes), key=jax.random.key(seed))
-    before, after = measure(given), measure(found.params)
+def measure(models: Models, cell: Cell) -> Row | None:
+    with models.file(cell.model) as path:
+        if path is None:
+            return None
+        model, given, logits, look = prepare_file(path)
+    clean, key = load(model.dataset, f"test[:{cell.images}]"), jax.random.key(cell.seed)
+    with mocked(cell.changes):
+        found = unlearn(logits, given, clean, config=changed(cell.changes), key=key)
+    before, after = look(given), look(found.params)
     jax.clear_caches()
     told = found.diagnostics
     return {
-        **{"model": name, "seed": seed, "changes": changes, "images": images},
         **{"targets": [attack.target for attack in model.attacks]},
         **{"acc_before": before.acc, "asr_before": before.asr},
         **{k: v for k, v in after.row().items() if k != "n"},
@@ -173,17 +173,24 @@ def one(reference: Path | None, name: str, seed: int, changes: str, images: int)
     }
 
 
+def shown(row: Row) -> str:
+    """ACC, ASR and the rest after it, and what it says of itself."""
+    values = [f"{row[k]:.3f}" for k in ("acc", "asr", "asr_excl") if row.get(k) is not None]
+    return " ".join([*values, str(row["verdict"])])
+
+
 def table() -> None:
     """Print the table (Markdown)."""
     print("| model | settings, seed | as given | after | ASR excl. | RA | unlearned | verdict |")
     print("|---|---|---|---|---|---|---|---|")
     for row in read(RESULTS):
-        first = ", ".join(filter(None, [row["changes"], str(row["seed"])]))
+        cell = row["cell"]
+        first = ", ".join(filter(None, [cell["changes"], str(cell["seed"])]))
         asr = ["" if row[k] is None else f"{row[k]:.3f}" for k in ("asr_before", "asr")]
         excl, ra = ("" if row[k] is None else f"{row[k]:.3f}" for k in ("asr_excl", "ra"))
         flagged = ", ".join(map(str, row["flagged"] or ()))
         print(
-            f"| {row['model']} | {first} | {row['acc_before']:.3f} / {asr[0]} "
+            f"| {cell['model']} | {first} | {row['acc_before']:.3f} / {asr[0]} "
             f"| {row['acc']:.3f} / {asr[1]} | {excl} | {ra} | {flagged} | {row['verdict']} |"
         )
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import tyro
-from published_models import read
+from grid import read
 
 from ibau_jax.attacks import ATTACKS
 from ibau_jax.commands.evaluate import evaluate_model

@@ -3,13 +3,16 @@
 import atexit
 import functools
 import gc
+import importlib
 import itertools
 import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 
 # The same programs are compiled in many tests and in the commands that they start.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -65,6 +68,13 @@ _tests = itertools.count(1)
 def private_cache(tmp_path_factory):
     """Tests neither use nor fill the user's cache of decoded data (`.ci/run` sets its own)."""
     os.environ.setdefault("IBAU_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture
+def script(monkeypatch) -> Callable[[str], ModuleType]:
+    """`script(name)`: one of `experiments/` as a module."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "experiments"))
+    return importlib.import_module
 
 
 @pytest.fixture(autouse=True)

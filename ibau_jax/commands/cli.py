@@ -343,19 +343,39 @@ def report(folder: Positional[Path], seed: Seed = 0, json: AsJson = False) -> No
 @command
 def reproduce(
     name: Positional[str],
+    scale: Annotated[
+        str, arg(help="smoke (digits, seconds), cpu (what is there) or paper")
+    ] = "cpu",
+    run: Annotated[bool, arg(help="first measure what is missing: hours at the scale cpu")] = False,
+    methods: Annotated[tuple[str, ...], arg(help="measure only these, as ibau nad")] = (),
     models: Annotated[
-        Path, arg(help="folder of poisoned models, DATASET-ATTACK.safetensors, with triggers")
-    ] = Path("experiments/zoo"),
-    scale: Annotated[str, arg(help="smoke (digits only), cpu or paper")] = "cpu",
+        Path | None,
+        arg(help="folder of poisoned models, DATASET-ATTACK.safetensors; default: the zoo"),
+    ] = None,
+    reference: Annotated[
+        Path | None, arg(help="folder of the authors' published models (checkpoints/, triggers/)")
+    ] = None,
     out: Annotated[Path, arg(help="folder to write to")] = Path("runs"),
     seed: Seed = 0,
     data_dir: DataDir = None,
     json: AsJson = False,
 ) -> None:
-    """Make a figure of the paper again: figure2 (the triggers, before and after patching)."""
-    from ibau_jax.commands import reproduce
+    """Make a table or figure of the paper again: table1 to table6, figure1 to figure5."""
+    from ibau_jax.commands.reproduce import module
 
-    finish(reproduce.reproduce(name, models, scale, out, seed, data_dir), json)
+    found = module().reproduce(
+        name,
+        scale=scale,
+        run=run,
+        methods=methods,
+        models=models,
+        reference=reference,
+        out=out,
+        seed=seed,
+        data_dir=data_dir,
+        on_note=lambda text: None if json else print(text),
+    )
+    finish(found if json else {k: v for k, v in found.items() if k != "cells"}, json)
 
 
 @command

@@ -1,98 +1,28 @@
-"""The paper's tables and figures, made again."""
+"""The work of `ibau reproduce`: it lies with the experiments, which a clone of the source has."""
 
-from collections.abc import Callable
+import sys
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
-import numpy as np
+import ibau_jax
+from ibau_jax.errors import InputError
 
-from ibau_jax.attacks import ATTACKS, Attack
-from ibau_jax.data import data_info, load
-from ibau_jax.errors import InputError, check_name
-from ibau_jax.files import atomic_path, make_folder
-from ibau_jax.models.files import load_model
-
-SCALES = {"smoke": ("digits",), "cpu": ("cifar10", "gtsrb"), "paper": ("cifar10", "gtsrb")}
+EXPERIMENTS = Path(ibau_jax.__file__).resolve().parents[1] / "experiments"
 
 
-def reproduce(
-    name: str,
-    models: str | Path,
-    scale: str,
-    out: str | Path,
-    seed: int,
-    data_dir: str | Path | None,
-) -> dict[str, Any]:
-    """Make one of `FIGURES`; writes into `out` and returns a dict for JSON.
-
-    Args:
-      models: folder of model files `DATASET-ATTACK.safetensors`.
-      scale: of `SCALES`.
-      seed: which images are shown.
+def module() -> ModuleType:
+    """`experiments/paper/reproduce.py`.
 
     Raises:
-      InputError: unknown name or scale, or a model is missing.
+      InputError: the library was installed without its source.
     """
-    check_name("figure", name, FIGURES)
-    check_name("scale", scale, SCALES)
-    return FIGURES[name](Path(models), SCALES[scale], make_folder(out, "out"), seed, data_dir)
-
-
-def figure2(
-    models: Path, datasets: tuple[str, ...], out: Path, seed: int, data_dir: str | Path | None
-) -> dict[str, Any]:
-    """Figure 2: each trigger, an image before and the same after it was stamped."""
-    from matplotlib.figure import Figure  # slow to import; no global state, no display
-
-    height = 3 * len(datasets)
-    figure = Figure(figsize=(1.5 * len(ATTACKS) + 1.2, 1.55 * height), layout="constrained")
-    axes = figure.subplots(height, len(ATTACKS), squeeze=False)
-    for axis in axes.flat:
-        axis.set(xticks=[], yticks=[])
-    for i, dataset in enumerate(datasets):
-        info = data_info(dataset)
-        held_out = load(dataset, info.split, data_dir)
-        for j, name in enumerate(ATTACKS):
-            attack = _attack(models / f"{dataset}-{name}.safetensors", dataset, name)
-            others = np.flatnonzero(attack.wanted(held_out.labels) != held_out.labels)
-            row = np.random.default_rng([seed, i, j]).choice(others)
-            image = np.asarray(held_out.images[row])
-            shown = {
-                "trigger, scaled": attack.trigger.scaled(),
-                "before": image,
-                "after": attack.trigger(image),
-            }
-            for k, (what, picture) in enumerate(shown.items()):
-                axes[3 * i + k, j].imshow(np.asarray(picture), interpolation="nearest")
-                if j == 0:
-                    axes[3 * i + k, j].set_ylabel(f"{dataset}\n{what}", fontsize=9)
-            label = "all" if attack.target is None else info.class_names[attack.target]
-            title = f"{name}\n{attack.target}: {_short(label)}"
-            axes[3 * i, j].set_title(title, fontsize=9)
-    path = out / "figure2.png"
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
-    return {"figure": "figure2", "file": str(path), "datasets": ", ".join(datasets)}
-
-
-FIGURES: dict[str, Callable[..., dict[str, Any]]] = {"figure2": figure2}
-
-
-def _attack(path: Path, dataset: str, name: str) -> Attack:
-    if not path.is_file():
+    if not (EXPERIMENTS / "paper" / "reproduce.py").is_file():
         raise InputError(
-            f"no model {str(path)!r}: expected a file for each data set and attack; make them with "
-            "'python experiments/zoo.py run' (digits: 'ibau train'), or name a folder by --models"
+            f"the paper's tables are made by scripts that an installed library has not: expected "
+            f"{str(EXPERIMENTS)!r}; clone the repository and install it with 'pip install -e .'"
         )
-    model = load_model(path)
-    names = [attack.name for attack in model.attacks]
-    if names != [name] or model.dataset != dataset:
-        raise InputError(
-            f"{str(path)!r} is a model of {model.dataset} with the attacks {names}: expected "
-            f"{dataset} and [{name!r}], by its name"
-        )
-    return model.attacks[0]
+    if str(EXPERIMENTS) not in sys.path:
+        sys.path.insert(0, str(EXPERIMENTS))
+    from paper import reproduce  # pyright: ignore[reportMissingImports]
 
-
-def _short(text: str, length: int = 16) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"
+    return reproduce

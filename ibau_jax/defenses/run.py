@@ -154,10 +154,14 @@ class Job:
 
 
 class Run:
-    """A run of a defense, to be iterated over once; see `method.Method.run`. Yields `Record`s."""
+    """A run of a defense, to be iterated over once; see `method.Method.run`. Yields `Record`s.
+
+    `job.compile_seconds` tells while it runs what compilation took so far.
+    """
 
     def __init__(self, rounds: Callable[[Job], Rounds], job: Job, given: Params):
-        self._job, self._given = job, given
+        self.job = job
+        self._given = given
         self._params: Params = given
         self._history: list[dict[str, Any]] = []
         self._told = Told()
@@ -167,7 +171,7 @@ class Run:
         return self._records
 
     def _iterate(self, rounds: Rounds) -> Iterator[Record]:
-        job = self._job
+        job = self.job
         for number in itertools.count():
             started, compiled = time.perf_counter(), job.compile_seconds
             try:
@@ -193,14 +197,14 @@ class Run:
         others = {}
         if evaluate is not None:
             others = {
-                name: dict(evaluate(closed(self._job.model, variables, self._given)))
+                name: dict(evaluate(closed(self.job.model, variables, self._given)))
                 for name, variables in self._told.models.items()
             }
         return Result(
             self._params,
             self._history,
             sum(row["seconds"] for row in self._history),
-            self._job.compile_seconds,
+            self.job.compile_seconds,
             self._told.deltas,
             self._told.found,
             {**self._told.diagnostics, **others},

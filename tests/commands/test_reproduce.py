@@ -1,6 +1,8 @@
 """Figures of the paper, at smoke scale."""
 
+import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from PIL import Image
 from ibau_jax import InputError
 from ibau_jax.attacks import ATTACKS, Trigger, make_attack
 from ibau_jax.commands.cli import main
-from ibau_jax.commands.reproduce import reproduce
+from ibau_jax.commands.reproduce import module
 from ibau_jax.models.files import save_model
 from ibau_jax.models.stored import StoredModel
 
@@ -18,11 +20,17 @@ from ibau_jax.models.stored import StoredModel
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder, variables = tmp_path_factory.mktemp("models"), random_variables()
+    attacks = []
     for i, name in enumerate(ATTACKS):
         trigger = Trigger("add", np.full((32, 32, 3), i / 10, np.float32))
-        attack = make_attack(name, 10, trigger=trigger)
-        model = StoredModel(variables, "vgg", 10, "digits", (attack,))
+        attacks.append(make_attack(name, 10, trigger=trigger))
+        model = StoredModel(variables, "vgg", 10, "digits", (attacks[-1],))
         save_model(folder / f"digits-{name}.safetensors", model)
+    for name, listed in {"all-to-all": attacks[:1], "seven-target": attacks}.items():
+        model = StoredModel(variables, "vgg", 10, "digits", tuple(listed))
+        save_model(folder / f"digits-{name}.safetensors", model)
+    first = folder / "digits-trojan-watermark.safetensors"
+    shutil.copy(first, folder / "digits-trojan-watermark-0.05.safetensors")
     return folder
 
 
@@ -34,12 +42,54 @@ def test_figure2(models, tmp_path, capsys):
         assert picture.width > 1000 and np.asarray(picture).std() > 10
 
 
+def figure2(models, tmp_path, name="figure2"):
+    return module().reproduce(name, models=models, scale="smoke", out=tmp_path)
+
+
 def test_missing_models_are_told(models, tmp_path):
     with pytest.raises(InputError, match="zoo.py run"):
-        reproduce("figure2", tmp_path, "smoke", tmp_path, 0, None)
+        figure2(tmp_path, tmp_path)
     for name in ATTACKS:
         shutil.copy(models / "digits-l2.safetensors", tmp_path / f"digits-{name}.safetensors")
     with pytest.raises(InputError, match=r"attacks \['l2'\]: expected digits and \['badnets'\]"):
-        reproduce("figure2", tmp_path, "smoke", tmp_path, 0, None)
+        figure2(tmp_path, tmp_path)
     with pytest.raises(InputError, match="did you mean 'figure2'"):
-        reproduce("figure22", models, "smoke", tmp_path, 0, None)
+        figure2(models, tmp_path, "figure22")
+
+
+# The quick ones; what the others do is tested with the defenses.
+QUICK = {
+    **dict.fromkeys(("figure1", "figure4", "figure5"), "ibau-published"),
+    **dict.fromkeys(("table1", "table2", "table3", "table4", "table5"), "finetune"),
+    **{"table6": "fine-pruning", "figure3": "none"},
+}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """The folder of the rows: tables share their cells."""
+    return tmp_path_factory.mktemp("smoke")
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_each_name_at_smoke(models, rows, name, capsys):
+    command = ["reproduce", name, "--scale", "smoke", "--models", str(models), "--json"]
+    assert main([*command, "--methods", QUICK[name], "--run", "--out", str(rows)]) == 0
+    ran = json.loads(capsys.readouterr().out)
+    there = {path: path.read_bytes() for path in (rows / "smoke").glob("*.jsonl")}
+    assert main([*command, "--out", str(rows)]) == 0  # measures nothing
+    assert json.loads(capsys.readouterr().out) == ran
+    assert there == {path: path.read_bytes() for path in (rows / "smoke").glob("*.jsonl")}
+    if name.startswith("figure"):
+        with Image.open(ran["file"]) as picture:
+            assert picture.width > 400 and np.asarray(picture).std() > 10
+    else:
+        states = [cell["status"] for cell in ran["cells"]]
+        assert "run" in states and "not run" in states
+        assert Path(ran["file"]).read_text().count("\n") > 4
+
+
+def test_a_figure_without_rows_says_what_to_do(tmp_path, capsys):
+    command = ["reproduce", "figure4", "--scale", "smoke", "--out", str(tmp_path)]
+    assert main(command) == 2
+    assert "--run" in capsys.readouterr().err

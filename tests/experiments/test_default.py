@@ -1,8 +1,6 @@
 """What tries the default: unseen models, and the changes of the ablation."""
 
-import importlib
 from dataclasses import replace
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,28 +12,20 @@ from ibau_jax.defenses import hunt
 from ibau_jax.hypergradient import Direct
 from ibau_jax.unlearning import evidence
 
-EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+
+@pytest.fixture
+def unseen(script):
+    return script("unseen")
 
 
 @pytest.fixture
-def unseen(monkeypatch):
-    """The script as a module."""
-    monkeypatch.syspath_prepend(str(EXPERIMENTS))
-    return importlib.import_module("unseen")
+def race(script):
+    return script("race")
 
 
 @pytest.fixture
-def race(monkeypatch):
-    """The script as a module."""
-    monkeypatch.syspath_prepend(str(EXPERIMENTS))
-    return importlib.import_module("race")
-
-
-@pytest.fixture
-def targeted(monkeypatch):
-    """The script as a module."""
-    monkeypatch.syspath_prepend(str(EXPERIMENTS))
-    return importlib.import_module("targeted")
+def targeted(script):
+    return script("targeted")
 
 
 def test_unseen_triggers_change_images_and_stay_what_they_are(unseen):
@@ -81,11 +71,9 @@ def test_a_race_looks_at_every_fifth_step(race):
     config = replace(
         IBAUConfig.untargeted(), rounds=2, batch_size=50, inner_steps=2, microbatch=None
     )
-    with race.copying() as copies:
-        run = unlearn.run(
-            MODEL, small_model(0, True), clean(), config=config, key=jax.random.key(0)
-        )
-        given = run._job.variables
+    run = unlearn.run(MODEL, small_model(0, True), clean(), config=config, key=jax.random.key(0))
+    given = run.job.variables
+    with race.copying(run.job) as copies:
         rounds = [record.params for record in run]
     steps = 2 * -(-len(clean().labels) // 50)
     assert len(copies.taken) == steps // race.EVERY > 1

@@ -1,0 +1,134 @@
+"""`ibau reproduce`: each table and figure of the paper by its name."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from cells import GRIDS
+from grid import Row, fill, read, select
+
+from ibau_jax.errors import InputError, check_name
+from ibau_jax.files import atomic_path, make_folder, write_text
+from paper import figures, seconds, tables
+from paper.published import TABLES
+from paper.scales import SCALES, ZOO, rows_folder, thinned
+
+FILES = {"table6": "steps.jsonl", "figure3": "figure3.jsonl"}  # of the others: cells.jsonl
+NAMES = (*TABLES, "table6", *(f"figure{i}" for i in range(1, 6)))
+
+
+def reproduce(
+    name: str,
+    *,
+    scale: str = "cpu",
+    out: str | Path = "runs",
+    run: bool = False,
+    models: str | Path | None = None,
+    reference: Path | None = None,
+    methods: Sequence[str] = (),
+    seed: int = 0,
+    data_dir: str | Path | None = None,
+    on_note: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Make a table or figure of the paper from the rows that are there; write it into `out`.
+
+    Args:
+      name: of `NAMES`.
+      scale: of `SCALES`.
+      run: measure the cells that are missing first.
+      models: folder of model files `DATASET-ATTACK.safetensors`; None: the zoo.
+      reference: folder of the published models (checkpoints/, triggers/).
+      methods: run only these; none: all.
+      seed: of Figure 2, which images are shown.
+      on_note: called with the text of a table.
+
+    Returns:
+      For JSON: `file`, and of a table `cells`.
+
+    Raises:
+      InputError: unknown name or scale, or nothing was run yet.
+    """
+    check_name("table or figure", name, NAMES)
+    check_name("scale", scale, SCALES)
+    folder = make_folder(out, "out")
+    zoo, size = Path(models or ZOO), SCALES[scale]
+    if name == "figure2":
+        from paper.triggers import figure2
+
+        datasets = (size.dataset,) if size.dataset else ("cifar10", "gtsrb")
+        return figure2(zoo, datasets, folder, seed, data_dir)
+    path = rows_folder(scale, folder) / FILES.get(name, "cells.jsonl")
+    if run:
+        measure_missing(name, scale, path, zoo, reference, methods)
+    rows = read(path)
+    if name.startswith("table"):
+        return table(name, rows, folder, on_note)
+    return figure(name, rows, path, folder)
+
+
+def measure_missing(
+    name: str, scale: str, path: Path, zoo: Path, reference: Path | None, methods: Sequence[str]
+) -> None:
+    """Fill the cells of a table or figure."""
+    from measure import Models, measure, shown  # they import JAX
+
+    size = SCALES[scale]
+    models = Models(reference, zoo=zoo, stands_in=size.dataset)
+    if name == "table6":
+        import race
+
+        cells = thinned(race.TABLE, size, methods)
+        limits = {"rounds": size.rounds, "images": size.images, "preset": size.preset}
+        fill(path, cells, partial(race.measure, models, **limits), race.shown)
+    elif name == "figure3":
+        from paper import features
+
+        limits = {"rounds": size.rounds, "images": size.images}
+        fill(
+            path,
+            thinned(features.CELLS, size, methods),
+            partial(features.measure, models=models, **limits),
+        )
+    else:
+        cells = thinned(GRIDS[name], size, methods)
+        limits = {"rounds": size.rounds, "images": size.images, "preset": size.preset}
+        fill(path, cells, partial(measure, models=models, **limits), shown)
+
+
+def table(
+    name: str, rows: list[Row], folder: Path, on_note: Callable[[str], None]
+) -> dict[str, Any]:
+    """Write a table as Markdown."""
+    if name == "table6":
+        text, cells = seconds.markdown(rows), seconds.cells(rows)
+    else:
+        text, cells = tables.markdown(name, rows), tables.cells(name, rows)
+        text = f"{tables.LEGEND}\n\n{text}"
+    path = folder / f"{name}.md"
+    write_text(path, text + "\n")
+    on_note(text)
+    return {"name": name, "file": str(path), "cells": cells}
+
+
+def figure(name: str, rows: list[Row], path: Path, folder: Path) -> dict[str, Any]:
+    """Draw a figure."""
+    if name == "figure3":
+        found = [row | {"title": title(row)} for row in rows]
+    else:
+        found = select(rows, GRIDS[name])
+    if not found:
+        raise InputError(
+            f"nothing of {name} was run yet: expected rows of its cells in {str(path)!r}; measure "
+            "them with --run (hours at the scale cpu)"
+        )
+    drawn = folder / f"{name}.png"
+    with atomic_path(drawn) as temporary:
+        figures.FIGURES[name](found).savefig(temporary, format="png", dpi=150)
+    return {"name": name, "file": str(drawn)}
+
+
+def title(row: Row) -> str:
+    """Of a picture of Figure 3."""
+    method = row["cell"]["method"]
+    return "as given" if method == "none" else f"after {figures.NAMES.get(method, method)}"
