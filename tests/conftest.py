@@ -7,6 +7,7 @@ import importlib
 import itertools
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -210,3 +211,14 @@ def job(model, variables, data, config=None, on=None) -> Job:
     classes = jax.eval_shape(lambda v, x: model(v, x), variables, data.images[:1]).shape[1]
     on = devices(1) if on is None else on
     return Job(model, variables, data, config, jax.random.key(0), on, classes)
+
+
+def chromium(*arguments):
+    name = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")
+    if name is None:
+        pytest.skip("no Chromium on this machine")
+    flags = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync
+        --disable-background-networking --disable-component-update""".split()
+    done = subprocess.run([name, *flags, *arguments], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout

@@ -34,7 +34,7 @@ def reproduce(
     """Make a table or figure of the paper from the rows that are there; write it into `out`.
 
     Args:
-      name: of `NAMES`.
+      name: of `NAMES`; `all`: each of them, and the pages of all.
       scale: of `SCALES`.
       run: measure the cells that are missing first.
       models: folder of model files `DATASET-ATTACK.safetensors`; None: the zoo.
@@ -49,9 +49,13 @@ def reproduce(
     Raises:
       InputError: unknown name or scale, or nothing was run yet.
     """
-    check_name("table or figure", name, NAMES)
+    check_name("table or figure", name, (*NAMES, "all"))
     check_name("scale", scale, SCALES)
     folder = make_folder(out, "out")
+    if name == "all":
+        settings = {"scale": scale, "run": run, "models": models, "reference": reference}
+        settings |= {"methods": methods, "seed": seed, "data_dir": data_dir}
+        return everything(folder, rows_folder(scale, folder), on_note, settings)
     zoo, size = Path(models or ZOO), SCALES[scale]
     if name == "figure2":
         from paper.triggers import figure2
@@ -65,6 +69,30 @@ def reproduce(
     if name.startswith("table"):
         return table(name, rows, folder, on_note)
     return figure(name, rows, path, folder)
+
+
+def everything(
+    folder: Path, where: Path, on_note: Callable[[str], None], settings: dict[str, Any]
+) -> dict[str, Any]:
+    """Each table and figure, and the pages `RESULTS.md` and `results.html` of all."""
+    from paper import page
+
+    pictures: dict[str, Path] = {}
+    for name in NAMES:
+        try:
+            found = reproduce(name, out=folder, **settings)
+        except InputError as error:  # of a figure nothing was run, or its models are not there
+            on_note(f"{name}: {error}")
+            continue
+        if name.startswith("figure"):
+            pictures[name] = Path(found["file"])
+    rows = read(where / "cells.jsonl")
+    timed, after = read(where / "steps.jsonl"), read(where / "after.jsonl")
+    named = {name: path.name for name, path in pictures.items()}
+    text = page.markdown(rows, timed, after, named)
+    write_text(folder / "RESULTS.md", text)
+    write_text(folder / "results.html", page.html(text, rows, pictures))
+    return {"name": "all", "file": str(folder / "RESULTS.md"), "html": str(folder / "results.html")}
 
 
 def measure_missing(

@@ -262,7 +262,7 @@ def triggers(found: dict[str, list[Entry]]) -> str:
             cells = []
             for e in row:
                 paper = SEVEN_ASR[case].get(e.method, {})
-                ours = f"{e.by_attack[trigger]:.1f}" if e.by_attack else NOT_RUN
+                ours = f"{e.by_attack[trigger]:.1f}" if trigger in e.by_attack else NOT_RUN
                 theirs = paper.get(trigger)
                 known = "" if trigger not in paper else f" ({'×' if theirs is None else theirs})"
                 cells.append(ours + known)

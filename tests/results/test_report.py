@@ -3,11 +3,10 @@
 import io
 import json
 import re
-import shutil
-import subprocess
 
 import numpy as np
 import pytest
+from conftest import chromium
 from PIL import Image
 from rich.console import Console
 
@@ -229,17 +228,6 @@ def test_pictures_with_odd_values_are_shown(folder):
     assert "true: 99" in page and "true: -1" in page
     write_rows(folder / ROWS, [r | {"dataset": "imagenet"} for r in ROWS_OF_A_RUN])
     assert "true: 99" in write_report(folder).read_text()
-
-
-def chromium(*arguments):
-    name = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")
-    if name is None:
-        pytest.skip("no Chromium on this machine")
-    flags = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync
-        --disable-background-networking --disable-component-update""".split()
-    done = subprocess.run([name, *flags, *arguments], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_html_opens_in_a_browser(folder, tmp_path):
