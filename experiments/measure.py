@@ -11,7 +11,7 @@ are not there are left out. Needs CIFAR-10 and GTSRB (TFDS_DATA_DIR).
 
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +24,10 @@ from cells import GRIDS, METHODS, PUBLISHED, Cell
 from grid import RESULTS, Row, fill
 from published_models import import_model
 
+from ibau_jax.attacks import ATTACKS
+from ibau_jax.commands.attack_options import make_attacks
 from ibau_jax.commands.defend import defend
+from ibau_jax.commands.train import train_model
 from ibau_jax.defenses import DEFENSES
 from ibau_jax.errors import check_name
 from ibau_jax.results.rows import read_rows
@@ -53,13 +56,14 @@ class Models:
     """Where `experiments/unseen.py` put its models."""
     zoo: Path = ZOO
     stands_in: str | None = None
-    """A data set whose models stand for those of the others: digits-l0 for cifar10-l0."""
+    """A data set whose models stand for those of the others: digits-l0 for cifar10-l0, and for
+    lack of it digits-badnets."""
 
     @contextmanager
     def file(self, name: str) -> Iterator[Path | None]:
         """The file of a model; None where it is not there."""
         if self.stands_in:
-            name = f"{self.stands_in}-{name.partition('-')[2]}"
+            name = stand_in(name, self.stands_in, self.zoo)
         with tempfile.TemporaryDirectory() as folder:
             if name in PUBLISHED:
                 where = self.reference
@@ -67,6 +71,36 @@ class Models:
             else:
                 tried = [d / f"{name}.safetensors" for d in (self.zoo, self.folder) if d]
                 yield next((path for path in tried if path.is_file()), None)
+
+
+def stand_in(name: str, dataset: str, zoo: Path) -> str:
+    """Of a model, the one of another data set that stands for it."""
+    attack = name.partition("-")[2]
+    if (zoo / f"{dataset}-{attack}.safetensors").is_file():
+        return f"{dataset}-{attack}"
+    several = attack in ("all-to-all", "seven-target")
+    return f"{dataset}-{attack if several else 'badnets'}"
+
+
+def train_stand_ins(names: Iterable[str], dataset: str, zoo: Path, epochs: int = 3) -> None:
+    """Train what is missing of the models that stand for others, half a minute each.
+
+    The seven targets are led to by those triggers that need no model to be made.
+    """
+    for name in {stand_in(name, dataset, zoo) for name in names}:
+        out = zoo / f"{name}.safetensors"
+        scenario = name.removeprefix(f"{dataset}-")
+        if out.is_file():
+            continue
+        if scenario == "seven-target":
+            fixed = [attack for attack, spec in ATTACKS.items() if spec.fixed is not None]
+            attacks = tuple(
+                make_attacks(dataset, attack, target=i)[0] for i, attack in enumerate(fixed)
+            )
+        else:
+            scenario = "one-target" if scenario == "badnets" else scenario
+            attacks = make_attacks(dataset, "badnets", scenario)
+        train_model(out, dataset, attacks, epochs=epochs, keep_states=False, progress=True)
 
 
 def measure(

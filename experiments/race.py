@@ -127,12 +127,12 @@ def run(grid: Run) -> None:
         for repeat in range(grid.repeats)
         for method in grid.methods
     ]
-    fill(grid.out, cells, partial(measure, Models(grid.reference)), shown)
+    fill(grid.out, cells, partial(measure, models=Models(grid.reference)), shown)
 
 
 def measure(
-    models: Models,
     cell: Cell,
+    models: Models,
     *,
     preset: str | None = None,
     rounds: int | None = None,

@@ -65,7 +65,7 @@ def run(grid: Run) -> None:
     """Fill the grid."""
     changes = " ".join(sorted(grid.change))
     cells = [Cell(name, seed, changes, grid.images) for seed in grid.seeds for name in grid.models]
-    fill(grid.out, cells, partial(measure, Models(grid.reference)), shown)
+    fill(grid.out, cells, partial(measure, models=Models(grid.reference)), shown)
 
 
 @dataclass
@@ -150,7 +150,7 @@ def pool(stack: ExitStack, value: str) -> None:
 MOCKED = {"without": without, "pool": pool}
 
 
-def measure(models: Models, cell: Cell) -> Row | None:
+def measure(cell: Cell, models: Models) -> Row | None:
     with models.file(cell.model) as path:
         if path is None:
             return None

@@ -72,3 +72,8 @@ def measure(
         "triggered": [0] * len(labels) + [1] * len(labels),
         "dataset": model.dataset,
     }
+
+
+def shown(row: Row) -> str:
+    """How many points."""
+    return f"{len(row['points'])} points"

@@ -37,7 +37,8 @@ def reproduce(
       name: of `NAMES`; `all`: each of them, and the pages of all.
       scale: of `SCALES`.
       run: measure the cells that are missing first.
-      models: folder of model files `DATASET-ATTACK.safetensors`; None: the zoo.
+      models: folder of model files `DATASET-ATTACK.safetensors`; None: the zoo, and at the scale
+        `smoke` models that are trained for it.
       reference: folder of the published models (checkpoints/, triggers/).
       methods: run only these; none: all.
       seed: of Figure 2, which images are shown.
@@ -56,7 +57,8 @@ def reproduce(
         settings = {"scale": scale, "run": run, "models": models, "reference": reference}
         settings |= {"methods": methods, "seed": seed, "data_dir": data_dir}
         return everything(folder, rows_folder(scale, folder), on_note, settings)
-    zoo, size = Path(models or ZOO), SCALES[scale]
+    size = SCALES[scale]
+    zoo = Path(models or (folder / scale / "models" if size.dataset else ZOO))
     if name == "figure2":
         from paper.triggers import figure2
 
@@ -99,29 +101,27 @@ def measure_missing(
     name: str, scale: str, path: Path, zoo: Path, reference: Path | None, methods: Sequence[str]
 ) -> None:
     """Fill the cells of a table or figure."""
-    from measure import Models, measure, shown  # they import JAX
+    import measure  # it imports JAX, as do the others here
 
     size = SCALES[scale]
-    models = Models(reference, zoo=zoo, stands_in=size.dataset)
+    limits: dict[str, Any] = {"rounds": size.rounds, "images": size.images}
     if name == "table6":
         import race
 
-        cells = thinned(race.TABLE, size, methods)
-        limits = {"rounds": size.rounds, "images": size.images, "preset": size.preset}
-        fill(path, cells, partial(race.measure, models, **limits), race.shown)
+        cells, run, shown = race.TABLE, race.measure, race.shown
     elif name == "figure3":
         from paper import features
 
-        limits = {"rounds": size.rounds, "images": size.images}
-        fill(
-            path,
-            thinned(features.CELLS, size, methods),
-            partial(features.measure, models=models, **limits),
-        )
+        cells, run, shown = features.CELLS, features.measure, features.shown
     else:
-        cells = thinned(GRIDS[name], size, methods)
-        limits = {"rounds": size.rounds, "images": size.images, "preset": size.preset}
-        fill(path, cells, partial(measure, models=models, **limits), shown)
+        cells, run, shown = GRIDS[name], measure.measure, measure.shown
+    if name != "figure3":
+        limits["preset"] = size.preset
+    few = thinned(cells, size, methods)
+    if size.dataset:
+        measure.train_stand_ins([cell.model for cell in few], size.dataset, zoo)
+    models = measure.Models(reference, zoo=zoo, stands_in=size.dataset)
+    fill(path, few, partial(run, models=models, **limits), shown)
 
 
 def table(

@@ -13,7 +13,7 @@ from ibau_jax import InputError
 from ibau_jax.attacks import ATTACKS, Trigger, make_attack
 from ibau_jax.commands.cli import main
 from ibau_jax.commands.reproduce import module
-from ibau_jax.models.files import save_model
+from ibau_jax.models.files import load_model, save_model
 from ibau_jax.models.stored import StoredModel
 
 
@@ -29,8 +29,6 @@ def models(tmp_path_factory):
     for name, listed in {"all-to-all": attacks[:1], "seven-target": attacks}.items():
         model = StoredModel(variables, "vgg", 10, "digits", tuple(listed))
         save_model(folder / f"digits-{name}.safetensors", model)
-    first = folder / "digits-trojan-watermark.safetensors"
-    shutil.copy(first, folder / "digits-trojan-watermark-0.05.safetensors")
     return folder
 
 
@@ -93,3 +91,16 @@ def test_a_figure_without_rows_says_what_to_do(tmp_path, capsys):
     command = ["reproduce", "figure4", "--scale", "smoke", "--out", str(tmp_path)]
     assert main(command) == 2
     assert "--run" in capsys.readouterr().err
+
+
+def test_stand_ins_are_trained_where_they_are_missing(script, models, tmp_path):
+    measure, cells = script("measure"), script("cells")
+    assert measure.stand_in("gtsrb-l0", "digits", models) == "digits-l0"
+    assert measure.stand_in("cifar10-trojan-watermark-0.05", "digits", models) == "digits-badnets"
+    names = [cell.model for name in ("table1", "table3") for cell in cells.GRIDS[name]]
+    measure.train_stand_ins(names, "digits", models)  # all are there
+    measure.train_stand_ins(["cifar10-seven-target"], "digits", tmp_path, epochs=1)
+    (path,) = tmp_path.glob("*.safetensors")
+    stored = load_model(path)
+    assert path.stem == "digits-seven-target" and len(stored.attacks) == 2
+    assert len({attack.target for attack in stored.attacks}) == 2
