@@ -113,6 +113,8 @@ def unlearn(job: Job) -> Rounds:
                 }
                 params = devices.one(state.params)
                 ends = number == rounds - 1
+                if hunt and not ends:
+                    hunt.between(params)
                 goes_on = ends and hunt is not None and hunt.goes_on(params)
                 if ends and not goes_on and hunt and held is not None:
                     budget = config.budget if hunt.evidence.suspects else None

@@ -199,6 +199,7 @@ def rest(
     suspects: Sequence[int],
     *,
     key: jax.Array,
+    starts: int | None = None,
 ) -> tuple[dict[int, float], list[Perturbation]]:
     """A fresh search: how near it comes to a level with each suspect (1 reaches it), its finds."""
     if UNTARGETED in suspects:
@@ -206,7 +207,7 @@ def rest(
         score = _many(float(found.strength[0, 0]), alike(found.given[0, 0], found.true))
         return {UNTARGETED: score}, collect([AWAY], [UNTARGETED], found)
     levels = list(LEVELS)
-    found = search(params, clean, suspects, key=key, among=levels)
+    found = search(params, clean, suspects, key=key, among=levels, starts=starts)
     scores = map(float, (found.strength / _levels()).max(0))
     return dict(zip(suspects, scores, strict=True)), collect(levels, suspects, found)
 

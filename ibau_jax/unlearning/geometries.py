@@ -37,6 +37,22 @@ def window(size: int) -> Geometry:
     return Geometry(f"{size}x{size} window", vertex, lambda *args: _windows(size, *args))
 
 
+def square(size: int) -> Geometry:
+    """A square of `size` x `size` pixels anywhere, of one colour, each channel at 0 or at 1."""
+
+    def vertex(direction):
+        inside = (min(size, direction.shape[0]), min(size, direction.shape[1]))
+        sums = lax.reduce_window(direction, 0.0, lax.add, (*inside, 1), (1, 1, 1), "valid")
+        gain = jnp.abs(sums).sum(-1)
+        corner = jnp.unravel_index(jnp.argmax(gain), gain.shape)
+        return _in_window(jnp.broadcast_to(jnp.sign(sums[corner]), direction.shape), corner, inside)
+
+    def draw(key, count, shape):
+        return _windows(size, key, 3 * count, shape)[2::3]  # of three the one of one colour
+
+    return Geometry(f"{size}x{size} square", vertex, draw)
+
+
 def pixels(count: int) -> Geometry:
     """Any `count` pixels, each colour channel at 0 or at 1."""
 

@@ -27,6 +27,7 @@ class Aim(NamedTuple):
       pool: [K, H, W, C], perturbations that were found, the first `size` of them.
       rules: int32 [K, num_classes], of each the rule.
       size: int32 scalar, at most K.
+      times: float32 scalar, how many times the shares of the config are taken.
     """
 
     rule: Any
@@ -34,6 +35,7 @@ class Aim(NamedTuple):
     pool: Any
     rules: Any
     size: Any
+    times: Any = 1.0
 
 
 def make_loss(logits: Logits, config: IBAUConfig, axis: str | None = None):
@@ -139,6 +141,8 @@ def spread(
 ) -> Batch:
     """Mark `config.share` with delta, as `patch`, and put the pool on `config.searched` of others.
 
+    Both shares `aim.times`.
+
     One of the pool drawn for each image, for half of the images at another place, drawn too: a
     model answers to a trigger wherever it is, and unlearns it only where it meets it.
     """
@@ -147,8 +151,8 @@ def spread(
     mine = mesh.numbers(len(batch.weights), axis)
     # The same key gives the same order, so that the second share holds the first.
     first, both = (
-        patch(keys[0], batch, share, axis).patched
-        for share in (config.share, min(1.0, config.share + config.searched))
+        patch(keys[0], batch, jnp.minimum(1.0, aim.times * share), axis).patched
+        for share in (config.share, config.share + config.searched)
     )
     carries = (both > first) & (aim.size > 0)
     which = jax.random.randint(keys[1], (every,), 0, jnp.maximum(aim.size, 1))[mine]
@@ -164,7 +168,7 @@ def spread(
     )
 
 
-def patch(key: jax.Array, batch: Batch, share: float, axis: str | None = None) -> Batch:
+def patch(key: jax.Array, batch: Batch, share: Any, axis: str | None = None) -> Batch:
     """Mark a share of the images (never padding), drawn at random, as those that carry delta.
 
     The same images whatever the number of devices. The published code marks int(0.01 * batch)

@@ -92,6 +92,7 @@ class Search:
         key: jax.Array,
         among: Sequence[Geometry] | None = None,
         most: int | None = None,
+        starts: int | None = None,
         advance: Callable[[int], None] = lambda count: None,
     ) -> Found:
         """Search towards each of `labels`.
@@ -105,6 +106,7 @@ class Search:
           among: of the `geometries`; None: all.
           most: so many labels at most are ascended towards, in each geometry those that the random
             perturbations lead to best; of the others the best of these is measured. None: all.
+          starts: in the place of the search's own.
           advance: called with 1 after each ascent.
         """
         check_count(clean)
@@ -126,7 +128,8 @@ class Search:
         among = self.geometries if among is None else among
         for geometry in among:
             number = names.index(geometry.name)
-            drawn = self._starts(geometry, jax.random.fold_in(key, number), images)
+            apart = jax.random.fold_in(key, number)
+            drawn = self._starts(geometry, apart, images, starts or self.starts)
             seen = self._run(self._look_at, params, drawn, few)
             heights = [_heights(seen, few_true, rule[few_true]) for rule in rules]
             shortlist = np.argsort([-h.max() for h in heights], kind="stable")[:most]
@@ -160,11 +163,13 @@ class Search:
                 self._programs[key] = jax.jit(function).lower(*args).compile()
         return self._programs[key](*args)
 
-    def _starts(self, geometry: Geometry, key: jax.Array, images: np.ndarray) -> jax.Array:
+    def _starts(
+        self, geometry: Geometry, key: jax.Array, images: np.ndarray, count: int
+    ) -> jax.Array:
         shape = images.shape[1:]
         if geometry.draw is None:
             return jnp.zeros((1, *shape), images.dtype)
-        return geometry.draw(key, self.starts, shape).astype(images.dtype)
+        return geometry.draw(key, count, shape).astype(images.dtype)
 
     def _classes(self, params: Params, images: np.ndarray) -> int:
         return jax.eval_shape(self.logits, params, images[:1]).shape[1]

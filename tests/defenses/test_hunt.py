@@ -21,7 +21,7 @@ from ibau_jax.models.model import opened
 from ibau_jax.unlearning.batches import UNTARGETED
 from ibau_jax.unlearning.evidence import LEVELS, Evidence, Perturbation
 from ibau_jax.unlearning.objective import cross_entropy
-from ibau_jax.unlearning.search import Search
+from ibau_jax.unlearning.search import Found, Search
 
 KEY = jax.random.key(0)
 QUICK = replace(IBAUConfig(), rounds=6, batch_size=40, inner_steps=5, microbatch=None)
@@ -109,8 +109,15 @@ def test_what_is_left_of_the_suspects_is_the_matter_of_the_next_stage(
             pass
 
         def label(self, params, images):
+            if not np.any(jax.tree.leaves(params)[0]):  # in the end: all perturbations lead to 0
+                return np.zeros(len(images), int)
             np.testing.assert_allclose(jax.tree.leaves(params)[0], 0.3 * given[0], rtol=1e-5)
             return np.where(np.arange(len(images)) % 10 < 10 * late, 0, 5)
+
+        def __call__(self, params, clean, labels, **settings):
+            assert settings["among"] == [hunt.SQUARE] and len(labels) > 1
+            squares = np.zeros((1, len(labels), 16, 16, 1))
+            return Found(squares, np.full((1, len(labels)), 0.3), np.zeros((1, len(labels), 4)), [])
 
     scores = iter(left)
     monkeypatch.setattr(hunt, "Search", lambda *args, **kwargs: Fake())
@@ -134,9 +141,13 @@ def test_what_is_left_of_the_suspects_is_the_matter_of_the_next_stage(
     told = at.told(end, 1.0)
     assert told["suspects"] == [1, 0] and told["flagged"] == flagged
     assert told["stages"] == len(left) and told["verdict"] == verdict
-    # Once, however many stages; what a fresh search found for a target that still stands too.
-    again = len(left) == 2 and left[0][0] >= 1
-    assert sorted(one.label for one in at.found) == [0] * (0 in flagged) + [1] * again
+    # Once, however many stages; what a fresh search found for a target that still stands too, and
+    # of several targets a square each, of which those stay in the pool that lead to their label.
+    again, several = len(left) == 2 and left[0][0] >= 1, len(at.targets) > 1
+    found = [one.label for one in at.found]
+    assert found.count(0) == (0 in flagged) + several and found.count(1) == again + several
+    kept = [one.label for one in at.pool]
+    assert sorted(kept) == ([0, 0] if several else sorted(found))
     assert told["late"]["0"] == pytest.approx(late / 0.6, abs=0.2)
 
 

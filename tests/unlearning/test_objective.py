@@ -62,6 +62,14 @@ def test_what_is_marked(real, size, seed):
     np.testing.assert_array_equal(found.towards, wanted)
 
 
+def test_several_times_the_shares():
+    found = spread(jax.random.key(0), batch_of(40), aim_of(4)._replace(times=np.float32(3)), CONFIG)
+    carries = np.abs(found.added).sum((1, 2, 3)) > 0
+    assert found.patched.sum() == 6 and carries.sum() == 18 - 6
+    found = spread(jax.random.key(0), batch_of(40), aim_of(4)._replace(times=np.float32(9)), CONFIG)
+    assert (np.abs(found.added).sum((1, 2, 3)) > 0).sum() == 40 - 18  # all, and no more
+
+
 def test_half_of_the_searched_ones_are_shifted():
     config = replace(CONFIG, searched=0.9)
     found = spread(jax.random.key(0), batch_of(400), aim_of(4), config)

@@ -10,14 +10,22 @@ from hypothesis import strategies as st
 
 from ibau_jax import Dataset, InputError
 from ibau_jax.unlearning.batches import UNTARGETED
-from ibau_jax.unlearning.geometries import GEOMETRIES, Geometry, cosine, pixels, sphere, window
+from ibau_jax.unlearning.geometries import (
+    GEOMETRIES,
+    Geometry,
+    cosine,
+    pixels,
+    sphere,
+    square,
+    window,
+)
 from ibau_jax.unlearning.search import Search, height, rule_of, share
 
 KEY = jax.random.key(0)
 SHAPE = (7, 6, 2)
 
 
-@pytest.mark.parametrize("geometry", GEOMETRIES, ids=lambda geometry: geometry.name)
+@pytest.mark.parametrize("geometry", (*GEOMETRIES, square(3)), ids=lambda geometry: geometry.name)
 @given(seed=st.integers(0, 2**31))
 def test_no_member_goes_farther_than_the_vertex(geometry, seed):
     keys = jax.random.split(jax.random.key(seed), 2)
@@ -49,6 +57,18 @@ def test_vertices_by_hand():
     y = np.arange(8)[:, None, None] / 8 * np.ones((1, 8, 1))
     wave = (0.3 * np.cos(2 * np.pi * 2 * y + 1)).astype(np.float32)
     np.testing.assert_allclose(cosine(0.1).vertex(jnp.array(wave)), wave / 3, atol=1e-5)
+
+
+def test_a_square_is_of_one_colour_where_it_goes_farthest():
+    direction = np.zeros((4, 5, 2), np.float32)
+    direction[0, 0] = 3, 3  # a window would be there, with either sign for each pixel
+    direction[0, 1] = direction[1, 0] = direction[1, 1] = -1, -1
+    direction[2:, 3:] = -1, 0.5
+    wanted = np.zeros_like(direction)
+    wanted[2:, 3:] = -1, 1
+    np.testing.assert_array_equal(square(2).vertex(jnp.array(direction)), wanted)
+    drawn = np.asarray(square(3).draw(KEY, 30, SHAPE))
+    assert len(drawn) == 30 and all(len({tuple(p) for p in d[d.any(-1)]}) == 1 for d in drawn)
 
 
 def test_windows_larger_than_the_image_are_the_image():
