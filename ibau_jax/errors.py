@@ -40,6 +40,13 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or repr(error)).splitlines()[0]
 
 
+def why(error: BaseException) -> str:
+    """Why a file could not be read, in one line and without its path, which the message has."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return first_line(error)
+
+
 def check_name(kind: str, name: str, known: Iterable[str]) -> None:
     """Raise `InputError` when `name` is not among `known`; name the nearest one.
 

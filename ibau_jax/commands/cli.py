@@ -23,10 +23,14 @@ from ibau_jax.commands.options import (
     ATTACK_NAMES,
     DATASET_NAMES,
     DEFENSE_NAMES,
+    OWN_IMAGES,
     AsJson,
+    Classes,
     Coordinator,
     DataDir,
     DataName,
+    Exif,
+    ImageSize,
     NoLabels,
     NumDevices,
     NumProcesses,
@@ -157,9 +161,16 @@ def inspect(
     model: Annotated[Path, arg(help="model file")],
     dataset: DataName = None,
     clean: Annotated[
-        str | None, arg(help="clean images, for example 'test[:5000]', the default of CIFAR-10")
+        str | None,
+        arg(
+            help="clean images: a split, for example 'test[:5000]', the default of CIFAR-10, "
+            + OWN_IMAGES
+        ),
     ] = None,
     no_labels: NoLabels = False,
+    classes: Classes = None,
+    image_size: ImageSize = None,
+    exif: Exif = False,
     seed: Seed = 0,
     out: Annotated[
         Path | None, arg(help="folder of report.html; default: runs/MODEL-inspect-seedN")
@@ -184,10 +195,14 @@ def inspect(
         dataset=dataset,
         clean=clean,
         no_labels=no_labels,
+        classes=classes,
+        image_size=image_size,
+        exif=exif,
         seed=seed,
         out=out,
         data_dir=data_dir,
         progress=True,
+        on_note=note,
     )
     finish(found, json, shown=table(found))
 
@@ -196,7 +211,12 @@ def inspect(
 def evaluate(
     model: Annotated[Path, arg(help="model file")],
     dataset: DataName = None,
-    split: Annotated[str | None, arg(help="for example 'test[5000:]'")] = None,
+    split: Annotated[
+        str | None, arg(help=f"images to measure by: a split, as 'test[5000:]', {OWN_IMAGES}")
+    ] = None,
+    classes: Classes = None,
+    image_size: ImageSize = None,
+    exif: Exif = False,
     attack: Annotated[
         str | None,
         arg(
@@ -221,7 +241,12 @@ def evaluate(
         model,
         dataset=dataset,
         split=split,
+        classes=classes,
+        image_size=image_size,
+        exif=exif,
         data_dir=data_dir,
+        progress=True,
+        on_note=note,
         attack=attack,
         scenario=scenario,
         target=target,
@@ -245,9 +270,20 @@ def defend(
         ),
     ] = None,
     dataset: DataName = None,
-    clean: Annotated[str | None, arg(help="split that the defense uses")] = None,
+    clean: Annotated[
+        str | None, arg(help=f"clean images that the defense uses: a split, {OWN_IMAGES}")
+    ] = None,
     no_labels: NoLabels = False,
-    split: Annotated[str | None, arg(help="split for evaluation, disjoint from --clean")] = None,
+    split: Annotated[
+        str | None,
+        arg(
+            help="images for evaluation, as --clean and disjoint from it; default of your own "
+            "clean images: half of them"
+        ),
+    ] = None,
+    classes: Classes = None,
+    image_size: ImageSize = None,
+    exif: Exif = False,
     rounds: Annotated[int | None, arg(help="passes over the clean set; default: preset's")] = None,
     poison_ratio: Annotated[
         float | None,
@@ -278,6 +314,9 @@ def defend(
         split=split,
         rounds=rounds,
         poison_ratio=poison_ratio,
+        classes=classes,
+        image_size=image_size,
+        exif=exif,
         seed=seed,
         out=out,
         data_dir=data_dir,

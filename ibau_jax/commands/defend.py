@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from ibau_jax.attacks import described
-from ibau_jax.data import Dataset, check_disjoint, load, note_missing
+from ibau_jax.data import Dataset, load_both, note_accuracy, note_missing
 from ibau_jax.defenses import find, with_rounds
 from ibau_jax.defenses.run import Result
 from ibau_jax.devices import mesh, processes
@@ -50,6 +50,9 @@ def defend(
     split: str | None = None,
     rounds: int | None = None,
     poison_ratio: float | None = None,
+    classes: str | Path | None = None,
+    image_size: int | None = None,
+    exif: bool = False,
     seed: int = 0,
     out: str | Path | None = None,
     data_dir: str | Path | None = None,
@@ -63,10 +66,13 @@ def defend(
     With many processes the first one writes, and each returns the same.
 
     Args:
+      clean, split: a split of the data set, a folder or an .npz file each. Without `split`, half of
+        the user's own clean images is held out to measure by.
       no_labels: the labels of the clean images are those that the model gives them.
       rounds: what a round is depends on the defense; mostly a pass over the clean set.
       poison_ratio: of the training set, for a defense that trains on it; None: as the model's
         file says.
+      classes, image_size, exif: how a folder or file is read, see `data.Reader`.
       num_devices: how many to compute on; None: all.
       on_note: called with a line for the user, where something is worth knowing.
 
@@ -75,8 +81,16 @@ def defend(
       `report.npz`, `report.html`, and where triggers were found their pictures.
     """
     stored = load_model(model)
-    info = stored.data_info(dataset)
-    found, preset, config = find(defense, preset, info.name)
+    reader = stored.reader(
+        dataset,
+        classes=classes,
+        image_size=image_size,
+        exif=exif,
+        data_dir=data_dir,
+        progress=progress and processes.is_first(),
+    )
+    name = dataset or stored.dataset
+    found, preset, config = find(defense, preset, name)
     if poison_ratio is not None and not (found.train_set and stored.attacks):
         raise InputError(
             f"a poison ratio for {defense} and {str(model)!r}: expected a defense that trains on "
@@ -85,17 +99,20 @@ def defend(
         )
     if rounds is not None:
         config = with_rounds(config, rounds)
-    split = split or info.split
-    check_disjoint(clean or info.clean, split, info.sizes)
-    clean_set = load(info.name, clean or info.clean, data_dir)
+    given, other = load_both(clean, split, reader, labelled=not no_labels, seed=seed)
+    clean_set, held_out = given.data, other.data
     if no_labels:
         clean_set = stored.relabelled(clean_set)
-    held_out = load(info.name, split, data_dir)
     devices, first = mesh.devices(num_devices), processes.is_first()
     out = Path(out or Path("runs") / f"{Path(model).stem}-{defense}-{preset}-seed{seed}")
     if first:
         make_folder(out, "out")
-    notes = [note_missing(clean_set.labels, info.num_classes)]
+    notes: list[str | None] = [*given.notes, *other.notes]
+    notes.append(note_missing(clean_set.labels, stored.num_classes))
+    if given.own and not no_labels:
+        notes.append(note_accuracy(stored.accuracy(given.data), "the clean images"))
+    elif other.own:
+        notes.append(note_accuracy(stored.accuracy(other.data), "the images to measure by"))
     notes += _about_batches(config, len(clean_set.labels), len(devices.all))
     if found.train_set and clean is not None:
         notes.append(
@@ -106,7 +123,7 @@ def defend(
     ratio = stored.info.get("poison_ratio") if poison_ratio is None else poison_ratio
     more = {}
     if found.train_set:
-        more["train_set"] = stored.train_set(info, ratio, data_dir)
+        more["train_set"] = stored.train_set(stored.data_info(dataset), ratio, data_dir)
         if more["train_set"] is None:
             raise InputError(
                 f"{defense} trains on the poisoned training set, and {str(model)!r} does not say "
@@ -115,9 +132,11 @@ def defend(
             )
     measure = evaluator(stored.classifier, held_out, stored.attacks)
     about = described(stored.attacks)
+    names = given.classes or other.classes
+    of_images = {"clean": given.name, "split": other.name} | ({"classes": names} if names else {})
     common: Json = {
         "experiment": experiment,
-        "dataset": info.name,
+        "dataset": name,
         "attack": about["attack"],
         "scenario": about["scenario"],
         "defense": defense,
@@ -125,6 +144,7 @@ def defend(
         "seed": seed,
         "n_clean": len(clean_set.labels),
         "clean_labels": "predicted" if no_labels else "given",
+        **of_images,
         "poison_ratio": ratio,
         "device": jax.devices()[0].device_kind,
         "num_devices": len(devices.all),
@@ -182,7 +202,8 @@ def defend(
         "diagnostics": told,
         "defense": defense,
         "preset": preset,
-        "dataset": info.name,
+        "dataset": name,
+        **of_images,
         "seed": seed,
     }
 

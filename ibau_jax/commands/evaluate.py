@@ -1,11 +1,12 @@
 """The work of `ibau evaluate`."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ibau_jax.attacks import described
 from ibau_jax.commands.attack_options import attacks_on
-from ibau_jax.data import load
+from ibau_jax.data import load_given, note_accuracy
 from ibau_jax.models.files import load_model
 from ibau_jax.results.metrics import evaluator
 
@@ -15,23 +16,46 @@ def evaluate_model(
     *,
     dataset: str | None = None,
     split: str | None = None,
+    classes: str | Path | None = None,
+    image_size: int | None = None,
+    exif: bool = False,
     data_dir: str | Path | None = None,
+    progress: bool = False,
+    on_note: Callable[[str], None] = lambda text: None,
     **attack: Any,
 ) -> dict[str, Any]:
     """ACC, and ASR for the attacks in the model's file, or another one; a dict for JSON.
 
     Args:
+      split: images to measure by: a split of the data set, a folder or an .npz file.
+      classes, image_size, exif: how a folder or file is read, see `data.Reader`.
+      progress: show a bar on stderr while a folder is read.
+      on_note: called with a line for the user, where something is worth knowing.
       attack: see `attack_options.attacks_on`.
     """
     loaded = load_model(model)
-    info = loaded.data_info(dataset)
-    split = split or info.split
-    attacks = attacks_on(loaded, info.name, **attack)
-    measure = evaluator(loaded.classifier, load(info.name, split, data_dir), attacks)
+    split = split or loaded.data_info(dataset).split
+    name = dataset or loaded.dataset
+    attacks = attacks_on(loaded, name, **attack)
+    reader = loaded.reader(
+        dataset,
+        classes=classes,
+        image_size=image_size,
+        exif=exif,
+        data_dir=data_dir,
+        progress=progress,
+    )
+    given = load_given(split, reader, what="evaluation")
+    measure = evaluator(loaded.classifier, given.data, attacks)
+    found = measure(loaded.variables)
+    doubt = note_accuracy(found.acc, "these images") if given.own else None
+    for note in filter(None, (*given.notes, doubt)):
+        on_note(note)
     return {
-        **measure(loaded.variables).row(),
-        "dataset": info.name,
+        **found.row(),
+        "dataset": name,
         "split": split,
+        **({"classes": given.classes} if given.classes else {}),
         **described(attacks),
         "model": str(model),
         "model_hash": loaded.hash,

@@ -1,12 +1,13 @@
 """The work of `ibau inspect`."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from ibau_jax.data import load
+from ibau_jax.data import load_given, note_accuracy, note_missing
 from ibau_jax.files import make_folder
 from ibau_jax.models.files import load_model
 from ibau_jax.results.inspection import write_inspection
@@ -23,23 +24,44 @@ def inspect_model(
     no_labels: bool = False,
     seed: int = 0,
     out: str | Path | None = None,
+    classes: str | Path | None = None,
+    image_size: int | None = None,
+    exif: bool = False,
     data_dir: str | Path | None = None,
     progress: bool = False,
+    on_note: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Search a model for what stands out, and write a report; a dict for JSON.
 
     Args:
-      clean: split of the data set, without the trigger.
+      clean: images without the trigger: a split of the data set, a folder or an .npz file.
       no_labels: the labels of the clean images are those that the model gives them.
       out: folder of `report.html`.
+      classes, image_size, exif: how a folder or file is read, see `data.Reader`.
+      on_note: called with a line for the user, where something is worth knowing.
     """
     stored = load_model(model)
-    info = stored.data_info(dataset)
-    data = load(info.name, clean or info.clean, data_dir)
+    clean = clean or stored.data_info(dataset).clean
+    reader = stored.reader(
+        dataset,
+        classes=classes,
+        image_size=image_size,
+        exif=exif,
+        data_dir=data_dir,
+        progress=progress,
+    )
+    given = load_given(clean, reader, labelled=not no_labels)
+    data = given.data
+    notes: list[str | None] = [*given.notes]
     if no_labels:
         data = stored.relabelled(data)
+    elif given.own:
+        notes.append(note_missing(data.labels, stored.num_classes))
+        notes.append(note_accuracy(stored.accuracy(data), "the clean images"))
     out = Path(out or Path("runs") / f"{Path(model).stem}-inspect-seed{seed}")
     make_folder(out, "out")
+    for note in filter(None, notes):
+        on_note(note)
     started = time.perf_counter()
     evidence = inspect(
         stored.classifier, stored.variables, data, key=jax.random.key(seed), progress=progress
@@ -67,7 +89,9 @@ def inspect_model(
         "levels": {geometry.name: level for geometry, level in LEVELS.items()},
         "rule": rule(),
         "seconds": time.perf_counter() - started,
-        "dataset": info.name,
+        "dataset": dataset or stored.dataset,
+        "clean": clean,
+        **({"classes": given.classes} if given.classes else {}),
         "n_clean": len(data.labels),
         "clean_labels": "predicted" if no_labels else "given",
         "seed": seed,

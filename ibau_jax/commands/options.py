@@ -25,6 +25,25 @@ DataDir = Annotated[
 AsJson = Annotated[bool, arg(help="print one JSON object on stdout")]
 Seed = Annotated[int, arg(help="seed of everything that is random")]
 DataName = Annotated[str | None, arg(help=f"{DATASET_NAMES}; default: the model's own")]
+OWN_IMAGES = "or a folder with a folder for each class, or an .npz file of images and labels"
+Classes = Annotated[
+    Path | None,
+    arg(
+        help="text file with the name of each class, one a line, in the order of the labels; "
+        "default: the sorted names of the folders"
+    ),
+]
+ImageSize = Annotated[
+    int | None,
+    arg(help="resize the shorter side of your own images to it, and crop the centre"),
+]
+Exif = Annotated[
+    bool,
+    arg(
+        help="turn pictures in a folder as their EXIF data say; off, since PIL and torchvision, "
+        "and so most trainings, leave them as they are stored"
+    ),
+]
 NoLabels = Annotated[
     bool, arg(help="the clean images have no labels that count: take those that the model gives")
 ]

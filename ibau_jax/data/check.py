@@ -95,10 +95,23 @@ def note_missing(labels: np.ndarray, num_classes: int) -> str | None:
     )
 
 
-def name_some(classes: Sequence[int], most: int = 10) -> str:
-    """Classes by their numbers, at most so many: `0, 1, 2 and 40 more`."""
-    named = ", ".join(map(str, classes[:most]))
-    return named if len(classes) <= most else f"{named} and {len(classes) - most} more"
+def note_accuracy(acc: float, what: str, least: float = 0.5) -> str | None:
+    """A line for the user where a model is often wrong on images of the user's; None: it is not.
+
+    Labels in another order and pixels in another form than the model's look just so.
+    """
+    if acc >= least:
+        return None
+    return (
+        f"the model gives {acc:.0%} of {what} their labels: are the classes in the order that it "
+        "was trained with, and the images as it reads them (RGB in [0, 1], this size)?"
+    )
+
+
+def name_some(names: Sequence[Any], most: int = 10) -> str:
+    """Classes by their numbers, or anything else, at most so many: `0, 1, 2 and 40 more`."""
+    named = ", ".join(map(str, names[:most]))
+    return named if len(names) <= most else f"{named} and {len(names) - most} more"
 
 
 def check_labels(labels: np.ndarray, num_classes: int, what: str = "clean") -> None:

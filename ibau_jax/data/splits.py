@@ -45,6 +45,12 @@ def split_indices(spec: str, sizes: Mapping[str, int]) -> list[tuple[str, np.nda
     return parts
 
 
+def names_splits(spec: str, sizes: Mapping[str, int]) -> bool:
+    """Is it a split string of these splits, whatever rows it selects?"""
+    matches = [_PART.match(part.strip()) for part in spec.split("+")]
+    return all(match is not None and match[1] in sizes for match in matches)
+
+
 def check_disjoint(clean: str, evaluation: str, sizes: Mapping[str, int]) -> None:
     """Raise `InputError` when two splits share a row.
 

@@ -12,7 +12,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from ibau_jax.attacks import Attack, Network, poison_all
-from ibau_jax.data import DATASETS, DataInfo, Dataset, data_info, load
+from ibau_jax.data import DATASETS, DataInfo, Dataset, Reader, data_info, load
 from ibau_jax.errors import InputError
 from ibau_jax.models.model import Classifier
 from ibau_jax.models.predict import predict
@@ -74,7 +74,7 @@ class StoredModel:
         if dataset is None and self.dataset not in DATASETS:
             raise InputError(
                 f"the model was trained on {self.dataset!r}, which is not known here: choose the "
-                f"data set among {', '.join(DATASETS)}",
+                f"data set among {', '.join(DATASETS)}, or give images of your own",
                 argument="dataset",
             )
         info = data_info(dataset or self.dataset)
@@ -86,9 +86,24 @@ class StoredModel:
             )
         return info
 
+    def reader(self, dataset: str | None = None, **options: Any) -> Reader:
+        """What reads images for the model: its data set's splits, folders and files.
+
+        Args:
+          dataset: as of `data_info`; its own need not be known here, and then has no splits.
+          options: fields of `Reader`.
+        """
+        known = dataset is not None or self.dataset in DATASETS
+        info = self.data_info(dataset) if known else None
+        return Reader(self.num_classes, IMAGE, info, **options)
+
     def relabelled(self, data: Dataset) -> Dataset:
         """The same images with the labels that the model gives them."""
         return data._replace(labels=predict(self.classifier)(self.variables, data.images))
+
+    def accuracy(self, data: Dataset) -> float:
+        """How many of the images get their labels, as a fraction."""
+        return float(np.mean(self.relabelled(data).labels == data.labels))
 
     def train_set(
         self, info: DataInfo, ratio: float | None = None, data_dir: str | Path | None = None

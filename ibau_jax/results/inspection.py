@@ -49,8 +49,8 @@ def render(found: Row, pictures: Mapping[str, np.ndarray]) -> str:
     head, *labels, levels = lines(found)
     return template("inspection.html.jinja").render(
         title=f"Inspection of {Path(found['model']).name}",
-        about=f"{found['n_clean']} clean images of {found['dataset']}, seed {found['seed']}, "
-        f"{found['seconds']:.0f} seconds.",
+        about=f"{found['n_clean']} clean images ({found['dataset']}: {found['clean']}), "
+        f"seed {found['seed']}, {found['seconds']:.0f} seconds.",
         verdict=found["verdict"],
         target="none" if found["target"] is None else named(found, found["target"]),
         flagged=", ".join(named(found, i) for i in found["flagged"]) or "none",

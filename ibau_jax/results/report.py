@@ -63,6 +63,7 @@ def render(rows: list[Row], pictures: Pictures | None) -> str:
         "settings": "\n".join(
             f"{shown(k)}: {shown(v)}" for k, v in _mapping(after, "config").items()
         ),
+        "images": _images(after),
         "versions": ", ".join(f"{k} {shown(v)}" for k, v in _mapping(after, "versions").items()),
         "model_hash": told["model_hash"],
         "perturbations": None,
@@ -93,17 +94,34 @@ def _mapping(row: Row, name: str) -> dict[str, Any]:
 
 
 def class_name(row: Row, label: Any) -> str:
-    """The name of a class of a row's data set; its number where there is none."""
+    """The name of a class of a row's images; its number where there is none."""
+    if not isinstance(label, int | np.integer):
+        return shown(label)
+    return class_names(row).get(int(label), shown(label))
+
+
+def class_names(row: Row) -> dict[int, str]:
+    """Names by labels: those of the user's own images, else those of the row's data set."""
+    own = _mapping(row, "classes")
+    if own:
+        return {label: shown(name) for name, label in own.items() if isinstance(label, int)}
     dataset = row.get("dataset")
     # A list, since what a row holds need not be hashable.
-    names = DATASETS[dataset].class_names if dataset in list(DATASETS) else ()
-    known = isinstance(label, int | np.integer) and 0 <= label < len(names)
-    return names[label] if known else shown(label)
+    return dict(enumerate(DATASETS[dataset].class_names)) if dataset in list(DATASETS) else {}
 
 
 def named(row: Row, label: Any) -> str:
     """A label with the name of its class."""
     return f"{shown(label)} ({class_name(row, label)})"
+
+
+def _images(row: Row) -> str | None:
+    """Which images of the user's were used, and the labels of their classes."""
+    classes = _mapping(row, "classes")
+    if not classes:
+        return None
+    used = f"Clean images: {shown(row.get('clean'))}; measured on: {shown(row.get('split'))}."
+    return f"{used} Classes: {', '.join(f'{n} = {name}' for n, name in class_names(row).items())}."
 
 
 def _verdict(row: Row) -> str | None:
