@@ -31,8 +31,8 @@ from ibau_jax.unlearning.search import Search, kept_of, rule_of, share
 MOST_OF_THE_WAY = 0.7
 # Where there are several targets, each has few ascents and a small part of the pool. So more images
 # carry something, what leads to its label no more is left out of the pool, and searches are wider.
-# The strongest window is of many colours, and to unlearn it leaves a trigger of one (the white square
-# of BadNets beside six others: ASR 0.9; experiments/default.md), which a square finds.
+# The strongest window is of many colours, and to unlearn it leaves a trigger of one colour (the
+# white square of BadNets beside six others: ASR 0.9; experiments/default.md); a square finds it.
 SHARES, STARTS, SQUARE = 1.5, 1000, square(4)
 
 
