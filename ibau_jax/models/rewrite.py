@@ -8,16 +8,15 @@ Loops and branches are built anew by the functions they were once made with. All
 as it is.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun, jaxprs_in_params
-from jax.extend.core import primitives as p
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
 
 from ibau_jax.models.products import convolution_as_products, suits
 
@@ -54,15 +53,23 @@ def with_products(function: Callable) -> Callable:
 def has_convolution(program: Jaxpr | ClosedJaxpr) -> bool:
     """Is there one that is not of whole numbers in a program, at any depth?"""
     return any(
-        _is_convolution(eqn) or any(map(has_convolution, jaxprs_in_params(eqn.params)))
-        for eqn in program.eqns
+        _is_convolution(eqn) or any(map(has_convolution, _inside(eqn))) for eqn in program.eqns
     )
 
 
 def _is_convolution(eqn: JaxprEqn) -> bool:
-    return eqn.primitive is p.conv_general_dilated_p and suits(
-        *(v.aval for v in eqn.invars), **eqn.params
-    )
+    if eqn.primitive.name != "conv_general_dilated":
+        return False
+    x, kernel, y = (cast(Any, v.aval) for v in (*eqn.invars, *eqn.outvars))
+    return suits(x, kernel, **eqn.params) and y.size > 0
+
+
+def _inside(eqn: JaxprEqn) -> Iterator[Jaxpr | ClosedJaxpr]:
+    """The programs among the parameters of an equation."""
+    for value in eqn.params.values():
+        for one in value if isinstance(value, tuple | list) else [value]:
+            if isinstance(one, Jaxpr | ClosedJaxpr):
+                yield one
 
 
 def _evaluate(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> Values:
@@ -81,8 +88,8 @@ def _evaluate(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> Value
 def _result(jaxpr: Jaxpr, eqn: JaxprEqn, values: Values) -> Values:
     if _is_convolution(eqn):
         return [convolution_as_products(*values, **eqn.params)]
-    rebuild = _REBUILT.get(eqn.primitive)
-    if rebuild and any(map(has_convolution, jaxprs_in_params(eqn.params))):
+    rebuild = _REBUILT.get(eqn.primitive.name)
+    if rebuild and any(map(has_convolution, _inside(eqn))):
         typed = [_typed(v, x) for v, x in zip(eqn.invars, values, strict=True)]
         return [*rebuild(eqn.params, partial(_as_it_is, jaxpr, eqn), typed)]
     return _as_it_is(jaxpr, eqn, *values)
@@ -104,7 +111,8 @@ def _as_it_is(jaxpr: Jaxpr, eqn: JaxprEqn, *values: Any) -> Values:
 
 
 def _typed(atom: Any, value: Any) -> Any:
-    return np.asarray(value, atom.aval.dtype) if isinstance(atom, Literal) else value
+    """An array also of a number of Python's, which has no type of its own."""
+    return value if hasattr(value, "dtype") else np.asarray(value, atom.aval.dtype)
 
 
 def _run(program: Jaxpr | ClosedJaxpr, values: Sequence[Any]) -> Values:
@@ -184,14 +192,15 @@ def _floats(*arrays: Iterable[Any]) -> bool:
     return all(jnp.issubdtype(a.dtype, jnp.floating) for some in arrays for a in some)
 
 
-_REBUILT: dict[Any, Callable[[Mapping[str, Any], Callable, Values], Values]] = {
-    p.jit_p: _inlined,
-    p.closed_call_p: _inlined,
-    p.call_p: _inlined,
-    p.scan_p: _scan,
-    p.while_p: _while,
-    p.cond_p: _cond,
-    p.remat_p: _checkpoint,
-    p.custom_jvp_call_p: _custom_jvp,
-    p.custom_vjp_call_p: _custom_vjp,
+# By the names that a printed program has, which are older than `jax.extend.core.primitives`.
+_REBUILT: dict[str, Callable[[Mapping[str, Any], Callable, Values], Values]] = {
+    "jit": _inlined,
+    "closed_call": _inlined,
+    "call": _inlined,
+    "scan": _scan,
+    "while": _while,
+    "cond": _cond,
+    "remat2": _checkpoint,
+    "custom_jvp_call": _custom_jvp,
+    "custom_vjp_call": _custom_vjp,
 }
