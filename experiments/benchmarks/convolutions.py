@@ -9,9 +9,9 @@ the paper's VGG; as flax's layers, as they are rewritten, and the VGG also as th
 (`models/vgg.py`, its products written by hand). Random weights: cost does not depend on them.
 
 Forms take turns, in one process; a row has the medians over the turns, and the median of the
-ratios of a turn. In the rows of `results/convolutions.jsonl` the two cores were shared with others:
-two training processes of other experiments ran beside it. Read ratios, and no
-seconds.
+ratios of a turn. The rows of `results/convolutions.jsonl` are of three turns, on two cores that
+were shared with two long experiments and with test suites (load 2 to 6): read ratios, and no
+seconds. A ratio of 0.9 between the two forms of the VGG is noise: their products are the same.
 """
 
 import contextlib
