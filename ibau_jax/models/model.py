@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ibau_jax.errors import InputError
+from ibau_jax.models.rewrite import on_cpu
 
 Params = Any
 Variables = dict[str, Any]
@@ -41,11 +43,12 @@ class Classifier:
 
     def __call__(self, variables: Params, images: jax.Array) -> jax.Array:
         """[N, H, W, C] in [0, 1] -> [N, num_classes], in evaluation mode."""
-        return self.module.apply(variables, images)
+        return on_cpu(self.module.apply)(variables, images)
 
     def look(self, variables: Params, images: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
         """Logits and maps in evaluation mode; a map is the output of a block before pooling."""
-        logits, found = self.module.apply(variables, images, mutable=["intermediates"])
+        apply = on_cpu(partial(self.module.apply, mutable=["intermediates"]))
+        logits, found = apply(variables, images)
         return logits, _in_order(found)
 
     def train(
@@ -57,14 +60,19 @@ class Classifier:
         axis: str | None = None,
     ) -> tuple[jax.Array, list[jax.Array], Params]:
         """Logits, maps, and the other collections updated, in training mode; see `VGG`."""
-        logits, found = self.module.clone(axis=axis).apply(
-            variables,
-            images,
-            train=True,
-            weights=weights,
-            rngs={"dropout": key},
-            mutable=["batch_stats", "intermediates"],
-        )
+        module = self.module.clone(axis=axis)
+
+        def apply(variables, images, key, weights):
+            return module.apply(
+                variables,
+                images,
+                train=True,
+                weights=weights,
+                rngs={"dropout": key},
+                mutable=["batch_stats", "intermediates"],
+            )
+
+        logits, found = on_cpu(apply)(variables, images, key, weights)
         maps = _in_order(found)
         return (
             logits,
@@ -87,7 +95,7 @@ class Frozen(NamedTuple):
     logits: Logits
 
     def __call__(self, variables: Variables, images: jax.Array) -> jax.Array:
-        return self.logits(variables["params"], images)
+        return on_cpu(self.logits)(variables["params"], images)
 
     def look(self, variables: Variables, images: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
         return self(variables, images), []

@@ -13,6 +13,7 @@ from ibau_jax.devices import mesh
 from ibau_jax.devices.mesh import Devices
 from ibau_jax.errors import InputError, first_line
 from ibau_jax.models.model import Classifier, Logits, Params
+from ibau_jax.models.rewrite import has_convolution
 from ibau_jax.unlearning.config import IBAUConfig
 
 
@@ -164,9 +165,9 @@ def resolve(
 ) -> IBAUConfig:
     """Settle what `config` leaves open: batch size, rounds and microbatch, for this clean set.
 
-    On a CPU about ten images at a time stay in the cache; but a model with `lax.conv` must not run
-    inside a loop there (XLA's derivatives of convolutions in loops are many times slower), and
-    an accelerator wants the whole batch.
+    On a CPU about ten images at a time stay in the cache; but a model in which a `lax.conv` is left
+    (`models.rewrite` takes out nearly all) must not run inside a loop there (XLA's derivatives
+    of convolutions in loops are many times slower), and an accelerator wants the whole batch.
     """
     count = len(images)
     batch_size = images_a_batch(config, count)
@@ -181,8 +182,9 @@ def resolve(
 
 def suits_loops(logits: Logits, params: Params, images: Any) -> bool:
     """Is a model best differentiated a few images at a time, in a loop? See `resolve`."""
-    program = str(jax.make_jaxpr(logits)(params, images[:1]))
-    return jax.default_backend() == "cpu" and "conv_general_dilated" not in program
+    if jax.default_backend() != "cpu":
+        return False
+    return not has_convolution(jax.make_jaxpr(logits)(params, images[:1]))
 
 
 def images_a_batch(config: IBAUConfig, count: int) -> int:

@@ -44,7 +44,7 @@ class IBAUConfig:
       shuffle: draw the order of the clean images once, before they are cut into batches; False:
         take them as they come.
       microbatch: images that are differentiated at a time; None: the whole batch; `auto`: 10
-        on a CPU, unless the model has `lax.conv` in it (see `batches.resolve`), else the whole
+        on a CPU, unless a `lax.conv` is left in the model (see `batches.resolve`), else the whole
         batch. Only speed and memory depend on it.
       norm: ball of the perturbation, `l2` or `linf`.
       radius: its radius C, in the units of images in [0, 1].
