@@ -35,11 +35,10 @@ def convolution_as_products(
 
     16-bit floats are multiplied and added up in 32 bits.
 
-    Memory: a row of the kernel is laid side by side and multiplied, row by row. Of a kernel
-    [..., K, L] with strides [..., S, T] that makes L / T copies of the padded input where S is 1
-    (4 / 3 more of them for a moment where Winograd's products are taken), else K L / (S T) copies
-    in parts of one row: 3 inputs for 3x3, 2.25 for 3x3 with stride 2, 12.25 for 7x7 with stride 2.
-    A reverse pass keeps them. Depthwise convolutions make none.
+    Memory: a row of the kernel is laid side by side and multiplied, row by row. With what XLA keeps
+    beside it that makes, in sizes of the input, for 3x3 (Winograd's products) 9 forwards and 15 in
+    a gradient, for the 7x7 with stride 2 of a ResNet (3 channels to 64) 37 and 60, where `lax.conv`
+    takes 17. Depthwise convolutions make no copies.
     """
     del others  # batch_group_count, which is 1
     lhs, rhs, out = dimension_numbers
