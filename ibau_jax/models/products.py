@@ -35,10 +35,13 @@ def convolution_as_products(
 
     16-bit floats are multiplied and added up in 32 bits.
 
-    Memory: a row of the kernel is laid side by side and multiplied, row by row. With what XLA keeps
-    beside it that makes, in sizes of the input, for 3x3 (Winograd's products) 9 forwards and 15 in
-    a gradient, for the 7x7 with stride 2 of a ResNet (3 channels to 64) 37 and 60, where `lax.conv`
-    takes 17. Depthwise convolutions make no copies.
+    Memory: of a kernel [..., K, L] with strides [..., S, T] a row is laid side by side (L / T
+    copies of the padded input) and multiplied row by row. Where S is above 1, all of the kernel is
+    (K L / (S T) copies), for one product. With what XLA keeps beside it that makes, in sizes of the
+    input, for 3x3 (Winograd's products) 9 forwards and 15 in a gradient, for 3x3 with stride 2
+    and twice as many channels 4 and 6, for the 7x7 with stride 2 of a ResNet (3 channels to 64)
+    25 and 35, of which the output is 5; `lax.conv` takes up to 3, and 17 there. Depthwise
+    convolutions make no copies.
     """
     del others  # batch_group_count, which is 1
     lhs, rhs, out = dimension_numbers
@@ -103,22 +106,19 @@ def dense(
 ) -> jax.Array:
     """Without padding or groups: [N, ..., C] and [..., C, D] -> [N, ..., D]."""
     *upper, length, channels, width = kernel.shape
+    if any(stride > 1 for stride in taps.strides[:-1]):
+        # Rows of the kernel meet different rows: one product holds one output, not one for each.
+        every = [*taps.over(x, (*upper, length))]
+        columns = jnp.concatenate(every, -1) if len(every) > 1 else every[0]
+        return jnp.matmul(columns, kernel.reshape(-1, width), precision=precision)
+    row = taps.along(x, len(upper) + 1, length)
+    rows = jnp.concatenate(row, -1) if length > 1 else row[0]  # once for all rows of the kernel
     flat = kernel.reshape(-1, length * channels, width)
-
-    def side_by_side(x):
-        row = taps.along(x, len(upper) + 1, length)
-        return jnp.concatenate(row, -1) if length > 1 else row[0]
-
-    if all(stride == 1 for stride in taps.strides[:-1]):
-        rows = side_by_side(x)  # once for all rows of the kernel
-        height = x.shape[1] - 2
-        # With few channels its sums cost more than the products that it saves.
-        if upper == [3] and taps.dilation[0] == 1 and height % 2 == 0 and channels >= 16:
-            return _winograd(rows, flat, precision)
-        parts = taps.over(rows, upper)
-    else:
-        parts = map(side_by_side, taps.over(x, upper))
-    pairs = zip(parts, flat, strict=True)
+    # With few channels Winograd's sums cost more than the products that they save.
+    even = upper == [3] and taps.dilation[0] == 1 and x.shape[1] % 2 == 0
+    if even and channels >= 16:
+        return _winograd(rows, flat, precision)
+    pairs = zip(taps.over(rows, upper), flat, strict=True)
     return _total(jnp.matmul(part, row, precision=precision) for part, row in pairs)
 
 
