@@ -1,6 +1,5 @@
 """The check of a GPU, on what is here."""
 
-import importlib
 import json
 from pathlib import Path
 
@@ -13,11 +12,10 @@ EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
 
 @pytest.fixture
-def check(monkeypatch):
-    """The script as a module."""
+def check(script, monkeypatch):
+    """The script as a module; it imports benchmarks."""
     monkeypatch.syspath_prepend(str(EXPERIMENTS / "benchmarks"))
-    monkeypatch.syspath_prepend(str(EXPERIMENTS))
-    return importlib.import_module("gpu_check")
+    return script("gpu_check")
 
 
 def run(check, tmp_path, *parts, **more) -> tuple[int, list[dict]]:

@@ -1,6 +1,5 @@
 """The models in `experiments/zoo/`: their rows, and the statistics of their triggers (spec 2)."""
 
-import importlib
 import json
 import os
 from pathlib import Path
@@ -65,10 +64,8 @@ CHECKS = {
 
 
 @pytest.fixture
-def zoo(monkeypatch):
-    """The script as a module."""
-    monkeypatch.syspath_prepend(str(EXPERIMENTS))
-    return importlib.import_module("zoo")
+def zoo(script):
+    return script("zoo")
 
 
 def test_each_model_has_its_row():
