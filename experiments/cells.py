@@ -67,14 +67,22 @@ SEEDS = (0, 1, 2)
 MORE_SEEDS = ("ibau", "ibau-published", "ft-sam", "sau")  # methods that get all of them
 
 
-def of_table(name: str) -> Iterator[Cell]:
+def columns(name: str) -> tuple[str, ...]:
     """A table's own columns, the published procedure, and fine-tuning as the control."""
-    methods = [m for m in COLUMNS[name] if m != "none"]
+    return (*COLUMNS[name], "ibau-published", "finetune")
+
+
+def seeds_of(method: str) -> tuple[int, ...]:
+    return SEEDS if method in MORE_SEEDS else SEEDS[:1]
+
+
+def of_table(name: str) -> Iterator[Cell]:
+    """The cells of a table; `none` needs no run."""
     for case in TABLES[name]:
         model, images = split(case)
-        for method in (*methods, "ibau-published", "finetune"):
-            for seed in SEEDS if method in MORE_SEEDS else SEEDS[:1]:
-                yield Cell(model, method, seed=seed, images=images)
+        for method in columns(name):
+            if method != "none":
+                yield from (Cell(model, method, seed, images) for seed in seeds_of(method))
 
 
 def split(case: str) -> tuple[str, int | None]:
@@ -84,11 +92,10 @@ def split(case: str) -> tuple[str, int | None]:
 
 
 def compared() -> Iterator[Cell]:
-    for method in (*METHODS,):
-        if method in ("ibau-published", "ibau-algorithm1"):
-            continue
-        for seed in SEEDS if method in ("ibau", "ft-sam", "sau") else SEEDS[:1]:
-            yield from (Cell(model, method, seed=seed) for model in COMPARED)
+    for method in METHODS:
+        if method not in ("ibau-published", "ibau-algorithm1"):
+            for seed in seeds_of(method):
+                yield from (Cell(model, method, seed=seed) for model in COMPARED)
 
 
 def presets() -> Iterator[Cell]:

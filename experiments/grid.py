@@ -21,6 +21,7 @@ from ibau_jax.files import make_folder, to_json
 
 Row = dict[str, Any]
 RESULTS = Path(__file__).parent / "results"
+ZOO = Path(__file__).parent / "zoo"
 WAIT = 60.0  # seconds, while the disk is full
 
 

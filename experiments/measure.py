@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import tyro
 from cells import GRIDS, METHODS, PUBLISHED, Cell
-from grid import RESULTS, Row, fill
+from grid import RESULTS, ZOO, Row, fill
 from published_models import import_model
 
 from ibau_jax.attacks import ATTACKS
@@ -33,7 +33,6 @@ from ibau_jax.errors import check_name
 from ibau_jax.results.rows import read_rows
 
 CELLS = RESULTS / "cells.jsonl"
-ZOO = Path(__file__).parent / "zoo"
 POISON_RATIO = 0.2  # of the published models, whose files do not tell
 PER_ROUND = (
     *("round", "seconds", "acc", "asr", "asr_excl", "ra", "der", "by_attack"),

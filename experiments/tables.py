@@ -11,13 +11,15 @@ own tables: `ibau reproduce table1`.
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate
 from statistics import mean
 from typing import Any
 
 from cells import COMPARED, GRIDS, METHODS, PUBLISHED
 from grid import RESULTS, read, select
 from paper.published import TABLES, Figure
-from paper.tables import line
+from paper.seconds import first_effect
+from paper.tables import heads, line
 
 Row = dict[str, Any]
 CELLS = RESULTS / "cells.jsonl"
@@ -29,10 +31,6 @@ CASES = {
     "GTSRB BadNets": ("table2", "gtsrb-badnets"),
     "GTSRB Trojan WM": ("table2", "gtsrb-trojan-watermark"),
 }
-
-
-def heads(*names: str) -> list[str]:
-    return [line(names), line(["---"] * len(names))]
 
 
 def compared(rows: Sequence[Row]) -> list[str]:
@@ -163,18 +161,14 @@ def whole(row: Row) -> float:
     return sum(one["seconds"] for one in row["rounds"])
 
 
-def effective(row: Row, asr: float = 0.2, drop: float = 0.1) -> float | None:
-    """Seconds until ASR is below 20 % and ACC fell by at most 10 points, looked at after rounds.
+def effective(row: Row) -> float | None:
+    """Seconds until a defense takes effect, looked at after rounds; None: never.
 
-    With less accuracy the paper calls a defense a failure (marks of Table 1). None: never.
     `race.py` looks at every fifth step.
     """
-    spent = 0.0
-    for one in row["rounds"]:
-        spent += one["seconds"]
-        if one["asr"] < asr and one["acc"] >= row["rounds"][0]["acc"] - drop:
-            return spent
-    return None
+    spent = accumulate(one["seconds"] for one in row["rounds"])
+    looks = [(s, one["acc"], one["asr"]) for s, one in zip(spent, row["rounds"], strict=True)]
+    return first_effect(looks, row["rounds"][0]["acc"])
 
 
 def seconds(row: Row) -> tuple[str, str]:

@@ -20,6 +20,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import tyro
+from grid import RESULTS as ROWS
+from grid import ZOO as FOLDER
 from grid import read
 
 from ibau_jax.attacks import ATTACKS
@@ -33,9 +35,8 @@ from ibau_jax.models.stored import StoredModel
 from ibau_jax.results.metrics import Metrics, evaluator
 from ibau_jax.results.rows import write_rows
 
-FOLDER = Path(__file__).parent / "zoo"
 CIFAR10 = tuple(sorted(path.stem for path in FOLDER.glob("cifar10-*.safetensors")))
-RESULTS = Path(__file__).parent / "results" / "zoo.jsonl"
+RESULTS = ROWS / "zoo.jsonl"
 
 
 class Prepared(NamedTuple):

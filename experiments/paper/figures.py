@@ -1,14 +1,12 @@
 """The paper's Figures 1, 3, 4 and 5 from rows, with matplotlib; no JAX here.
 
-Figure 2 (the triggers) is drawn from the models: `ibau_jax/commands/reproduce.py`.
+Figure 2 (the triggers) is drawn from the models: `triggers.py`.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from cells import GRIDS, METHODS
-from grid import select
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -25,6 +23,12 @@ NAMES = {
 def curve(row: Row, name: str) -> np.ndarray:
     """ACC, ASR or another value over the rounds of a run, 0 before the first; a fraction."""
     return np.array([one[name] for one in row["rounds"]], float)
+
+
+def asr_by_trigger(row: Row) -> dict[str, np.ndarray]:
+    """The ASR of each trigger over the rounds, a fraction; of a single one by the name `ASR`."""
+    each = [one.get("by_attack") or {"ASR": one["asr"]} for one in row["rounds"]]
+    return {name: np.array([one[name] for one in each], float) for name in each[0]}
 
 
 def figure1(rows: Sequence[Row]) -> Figure:
@@ -68,11 +72,9 @@ def over_rounds(rows: Sequence[Row], scenario: str) -> Figure:
             r for r in rows if (r["cell"]["model"], r["cell"]["method"]) == (model, method)
         ]
         axis.plot(100 * curve(row, "acc"), color=COLOURS["acc"], marker=".", label="ACC")
-        several = [one.get("by_attack") or {"ASR": one["asr"]} for one in row["rounds"]]
-        for name in several[0]:
-            values = [100 * one[name] for one in several]
+        for name, values in asr_by_trigger(row).items():
             colour = COLOURS["asr"] if name == "ASR" else None
-            axis.plot(values, color=colour, marker=".", lw=1, label=name)
+            axis.plot(100 * values, color=colour, marker=".", lw=1, label=name)
         finish(axis, f"{model}\n{NAMES.get(method, method)}")
     figure.suptitle(scenario)
     return figure
@@ -109,9 +111,3 @@ def finish(axis: Axes, title: str) -> None:
 
 
 FIGURES = {"figure1": figure1, "figure3": figure3, "figure4": figure4, "figure5": figure5}
-assert set(NAMES) <= set(METHODS)
-
-
-def of_cells(name: str, rows: Sequence[Row]) -> list[Row]:
-    """The rows that a figure is drawn from."""
-    return select(rows, GRIDS[name])

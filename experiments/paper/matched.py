@@ -8,7 +8,7 @@ has no test images: the last round.
 from collections.abc import Iterable
 from typing import Any
 
-from paper.tables import OURS, SHORT, Entry, best_baselines, by_case, entries, line
+from paper.tables import OURS, SHORT, Entry, best_baselines, by_case, entries, heads, line
 
 Row = dict[str, Any]
 
@@ -22,7 +22,7 @@ def markdown(rows: Iterable[Row], name: str = "table1") -> str:
     """Both selections, seed 0, for the cases in which a baseline works."""
     rows = list(rows)
     head = ["case", "most effective baseline", "ACC", "preset", "round by the paper's rule"]
-    lines = [line([*head, "last round"]), line(["---"] * 6)]
+    lines = heads(*head, "last round")
     for case, row in by_case(entries(name, rows)).items():
         _, best = best_baselines(row)
         if best is None or best.acc is None:

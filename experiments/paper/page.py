@@ -74,8 +74,7 @@ def after_effects(rows: list[Row]) -> str:
         "trigger (re-learning); a search as that of `ibau inspect` on the cleaned model comes to "
         "so much of a target's level.",
         "",
-        tables.line(["model", "defense", "ACC / ASR cleaned", "after re-learning", "search"]),
-        tables.line(["---"] * 5),
+        *tables.heads("model", "defense", "ACC / ASR cleaned", "after re-learning", "search"),
     ]
     for row in rows:
         cell = row["cell"]
@@ -93,8 +92,7 @@ def false_alarms(rows: list[Row]) -> str:
     lines = [
         "A model without a backdoor through the same defenses, ACC before and after:",
         "",
-        tables.line(["model", "defense", "before", "after", "verdict"]),
-        tables.line(["---"] * 5),
+        *tables.heads("model", "defense", "before", "after", "verdict"),
     ]
     for row in found:
         values = [f"{100 * one['acc']:.1f}" for one in (row["rounds"][0], row["rounds"][-1])]

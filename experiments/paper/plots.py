@@ -1,13 +1,14 @@
 """The plots of `results.html`, which can be hovered (bokeh); from rows, no JAX here."""
 
 from collections.abc import Iterable, Sequence
+from itertools import cycle
 from typing import Any
 
 from bokeh.models import ColumnDataSource, HoverTool
 from bokeh.palettes import Category10, Category20
 from bokeh.plotting import figure
 
-from paper.figures import NAMES
+from paper.figures import NAMES, asr_by_trigger, curve
 from paper.tables import OURS, RUN, SHORT, entries
 
 Row = dict[str, Any]
@@ -71,31 +72,25 @@ def curves_plot(title: str, rows: Sequence[Row]) -> Any:
         title=title, x_axis_label="round", y_axis_label="%", width=760, height=420, tools=TOOLS
     )
     keys = list(dict.fromkeys((row["cell"]["model"], row["cell"]["method"]) for row in rows))
-    for (model, method), colour in zip(keys, Category10[10], strict=False):
-        for row in rows:
-            if (row["cell"]["model"], row["cell"]["method"]) != (model, method):
-                continue
-            rounds = row["rounds"]
-            name = f"{model}, {NAMES.get(method, method)}"
-            series: dict[str, list[float]] = {"ACC": [100 * one["acc"] for one in rounds]}
-            for trigger in rounds[0].get("by_attack") or {"ASR": None}:
-                values = [(one.get("by_attack") or {"ASR": one["asr"]})[trigger] for one in rounds]
-                series[trigger] = [100 * value for value in values]
-            for what, values in series.items():
-                data = {
-                    "round": list(range(len(values))),
-                    "value": values,
-                    "what": [what] * len(values),
-                    "name": [f"{name}, seed {row['cell']['seed']}"] * len(values),
-                }
-                plot.line(
-                    "round",
-                    "value",
-                    source=ColumnDataSource(data),
-                    color=colour,
-                    line_dash="solid" if what == "ACC" else "dashed",
-                    legend_label=name,
-                )
+    colours = dict(zip(keys, cycle(Category10[10])))
+    for row in rows:
+        model, method = row["cell"]["model"], row["cell"]["method"]
+        name = f"{model}, {NAMES.get(method, method)}"
+        for what, values in ({"ACC": curve(row, "acc")} | asr_by_trigger(row)).items():
+            data = {
+                "round": list(range(len(values))),
+                "value": (100 * values).tolist(),
+                "what": [what] * len(values),
+                "name": [f"{name}, seed {row['cell']['seed']}"] * len(values),
+            }
+            plot.line(
+                "round",
+                "value",
+                source=ColumnDataSource(data),
+                color=colours[model, method],
+                line_dash="solid" if what == "ACC" else "dashed",
+                legend_label=name,
+            )
     plot.add_tools(
         HoverTool(tooltips=[("", "@name"), ("round", "@round"), ("@what", "@value{0.0} %")])
     )

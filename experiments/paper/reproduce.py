@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from cells import GRIDS
-from grid import Row, fill, read, select
+from grid import ZOO, Row, fill, read, select
 
 from ibau_jax.errors import InputError, check_name
 from ibau_jax.files import atomic_path, make_folder, write_text
 from paper import figures, seconds, tables
 from paper.published import TABLES
-from paper.scales import SCALES, ZOO, rows_folder, thinned
+from paper.scales import SCALES, rows_folder, thinned
 
 FILES = {"table6": "steps.jsonl", "figure3": "figure3.jsonl"}  # of the others: cells.jsonl
 NAMES = (*TABLES, "table6", *(f"figure{i}" for i in range(1, 6)))
@@ -69,7 +69,7 @@ def reproduce(
         measure_missing(name, scale, path, zoo, reference, methods)
     rows = read(path)
     if name.startswith("table"):
-        return table(name, rows, folder, on_note)
+        return table(name, rows, folder, on_note, size.preset or "cpu")
     return figure(name, rows, path, folder)
 
 
@@ -104,7 +104,7 @@ def measure_missing(
     import measure  # it imports JAX, as do the others here
 
     size = SCALES[scale]
-    limits: dict[str, Any] = {"rounds": size.rounds, "images": size.images}
+    limits = {"rounds": size.rounds, "images": size.images, "preset": size.preset}
     if name == "table6":
         import race
 
@@ -113,10 +113,9 @@ def measure_missing(
         from paper import features
 
         cells, run, shown = features.CELLS, features.measure, features.shown
+        del limits["preset"]  # I-BAU's own only
     else:
         cells, run, shown = GRIDS[name], measure.measure, measure.shown
-    if name != "figure3":
-        limits["preset"] = size.preset
     few = thinned(cells, size, methods)
     if size.dataset:
         measure.train_stand_ins([cell.model for cell in few], size.dataset, zoo)
@@ -125,13 +124,13 @@ def measure_missing(
 
 
 def table(
-    name: str, rows: list[Row], folder: Path, on_note: Callable[[str], None]
+    name: str, rows: list[Row], folder: Path, on_note: Callable[[str], None], preset: str
 ) -> dict[str, Any]:
-    """Write a table as Markdown."""
+    """Write a table as Markdown; `preset`: of the defenses that are not I-BAU."""
     if name == "table6":
         text, cells = seconds.markdown(rows), seconds.cells(rows)
     else:
-        text, cells = tables.markdown(name, rows), tables.cells(name, rows)
+        text, cells = tables.markdown(name, rows), tables.cells(name, rows, preset)
         text = f"{tables.LEGEND}\n\n{text}"
     path = folder / f"{name}.md"
     write_text(path, text + "\n")

@@ -7,8 +7,6 @@ from typing import Any
 
 from grid import RESULTS
 
-ZOO = Path(__file__).parents[1] / "zoo"
-
 
 @dataclass(frozen=True)
 class Scale:

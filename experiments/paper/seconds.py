@@ -6,18 +6,32 @@ from statistics import mean
 from typing import Any
 
 from paper.published import SECONDS
-from paper.tables import SHORT, line
+from paper.tables import SHORT, heads, line
 
 Row = dict[str, Any]
 METHODS = ("neural-cleanse", "deepinspect", "tabor", "fine-pruning", "nad", "ibau")
 
 
-def effective(row: Row, asr: float = 0.2, drop: float = 0.1) -> float | None:
-    """Seconds until ASR is below `asr` with at most `drop` of ACC lost; None: never."""
-    for spent, acc, success in row["looks"]:
-        if success < asr and acc >= row["acc_before"] - drop:
+def first_effect(
+    looks: Iterable[Sequence[float]], before: float, asr: float = 0.2, drop: float = 0.1
+) -> float | None:
+    """The seconds of the first look whose ASR is below `asr` with at most `drop` of ACC lost.
+
+    With less accuracy the paper calls a defense a failure (marks of Table 1). None: never.
+
+    Args:
+      looks: seconds, ACC, ASR.
+      before: ACC of the given model.
+    """
+    for spent, acc, success in looks:
+        if success < asr and acc >= before - drop:
             return spent
     return None
+
+
+def effective(row: Row) -> float | None:
+    """Seconds until it takes effect, of a row of `race.py`; None: never."""
+    return first_effect(row["looks"], row["acc_before"])
 
 
 def cells(rows: Iterable[Row]) -> list[Row]:
@@ -48,7 +62,7 @@ def markdown(rows: Sequence[Row]) -> str:
     head = ["method"]
     for dataset in SECONDS:
         head += [f"{dataset}, s", "cases", "of I-BAU's", "paper, s", "of I-BAU's"]
-    lines = [line(head), line(["---"] * len(head))]
+    lines = heads(*head)
     for method in METHODS:
         values = [SHORT[method]]
         for dataset, paper in SECONDS.items():

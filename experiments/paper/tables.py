@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
-from cells import MORE_SEEDS, SEEDS, split
+from cells import columns, seeds_of, split
 
-from paper.published import COLUMNS, SEVEN, SEVEN_ASR, TABLES, Figure
+from paper.published import SEVEN, SEVEN_ASR, TABLES, Figure
 
 Row = dict[str, Any]
 FAILED_ASR, FAILED_ACC = 20.0, 10.0  # points: the paper's failures
@@ -16,6 +16,7 @@ CLOSE = 2.0  # points: "comparable" with the best baseline; the paper names no n
 RUN, NOT_RUN = "run", "not run"
 OURS = ("ibau", "ibau-published")
 CONTROL = "finetune"
+PRESETS = {"ibau": "default", "ibau-published": "published", "none": None}  # None: as given
 MODEL_RATIO = {"-0.05": 0.05, "-0.005": 0.005}
 
 
@@ -60,11 +61,6 @@ class Entry:
         return self.status == RUN and not (self.asr_fails or self.acc_fails)
 
 
-def methods(name: str) -> tuple[str, ...]:
-    """The columns: the paper's, the published procedure, and the control."""
-    return (*COLUMNS[name], "ibau-published", CONTROL)
-
-
 def entries(name: str, rows: Iterable[Row]) -> list[Entry]:
     """Every cell of a table, whether it was run or not."""
     runs = defaultdict(list)
@@ -77,10 +73,9 @@ def entries(name: str, rows: Iterable[Row]) -> list[Entry]:
         model, images = split(case)
         of_model = [row for key, group in runs.items() if key[0] == model for row in group]
         given = of_model[0]["rounds"][0] if of_model else None
-        for method in methods(name):
+        for method in columns(name):
             group = sorted(runs[model, images, method], key=lambda row: row["cell"]["seed"])
-            wanted = SEEDS if method in MORE_SEEDS else SEEDS[:1]
-            group = [row for row in group if row["cell"]["seed"] in wanted]
+            group = [row for row in group if row["cell"]["seed"] in seeds_of(method)]
             last = [row["rounds"][-1] for row in group]
             if method == "none":
                 last = [given] if given else []
@@ -145,8 +140,12 @@ def marks(row: list[Entry]) -> dict[str, tuple[str, str]]:
     return found
 
 
-def cells(name: str, rows: Iterable[Row]) -> list[Row]:
-    """A table as `ibau reproduce --json` prints it; fractions."""
+def cells(name: str, rows: Iterable[Row], preset: str = "cpu") -> list[Row]:
+    """A table as `ibau reproduce --json` prints it; fractions.
+
+    Args:
+      preset: of the defenses that are not I-BAU.
+    """
     listed = []
     for e in entries(name, rows):
         model, images = split(e.case)
@@ -161,7 +160,7 @@ def cells(name: str, rows: Iterable[Row]) -> list[Row]:
                 "attack": "badnets" if attack == "all-to-all" else attack,
                 "scenario": attack if several else "one-target",
                 "defense": defense,
-                "preset": preset_of(e.method),
+                "preset": PRESETS.get(e.method, preset),
                 "poison_ratio": ratio,
                 "n_clean": images or 5000,
                 "seeds": list(e.seeds),
@@ -172,12 +171,6 @@ def cells(name: str, rows: Iterable[Row]) -> list[Row]:
             }
         )
     return listed
-
-
-def preset_of(method: str) -> str | None:
-    """None: the model as it was given."""
-    ours = {"ibau": "default", "ibau-published": "published", "none": None}
-    return ours.get(method, "cpu")
 
 
 def fraction(value: float | None) -> float | None:
@@ -200,8 +193,7 @@ LEGEND = (
 def markdown(name: str, rows: Iterable[Row]) -> str:
     """A table with the paper's figures and marks."""
     found = by_case(entries(name, rows))
-    head = ["case", *(SHORT[method] for method in methods(name))]
-    lines = [line(head), line(["---"] * len(head))]
+    lines = heads("case", *(SHORT[method] for method in columns(name)))
     for case, row in found.items():
         marked = marks(row)
         lines.append(line([case, *(text(e, marked[e.method]) for e in row)]))
@@ -232,8 +224,7 @@ def text(e: Entry, mark: tuple[str, str]) -> str:
 
 def means(found: dict[str, list[Entry]]) -> str:
     """The mean fall of ACC and the mean ASR of each column, ours and the paper's, cases paired."""
-    lines = [line(["mean of", "cases", "fall of ACC", "paper", "ASR", "paper"])]
-    lines.append(line(["---"] * 6))
+    lines = heads("mean of", "cases", "fall of ACC", "paper", "ASR", "paper")
     names = [e.method for e in next(iter(found.values()))]
     before = {case: row[0] for case, row in found.items()}
     for method in names[1:]:
@@ -256,8 +247,7 @@ def triggers(found: dict[str, list[Entry]]) -> str:
     """Table 3's ASR of each trigger."""
     lines = []
     for case, row in found.items():
-        head = [case, *(SHORT[e.method] for e in row)]
-        lines += [line(head), line(["---"] * len(head))]
+        lines += heads(case, *(SHORT[e.method] for e in row))
         for trigger in SEVEN:
             cells = []
             for e in row:
@@ -273,3 +263,8 @@ def triggers(found: dict[str, list[Entry]]) -> str:
 
 def line(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
+
+
+def heads(*names: str) -> list[str]:
+    """The first two lines of a table."""
+    return [line(names), line(["---"] * len(names))]
