@@ -136,13 +136,12 @@ class Hunt:
         """
         given = self.job.variables["params"]
         params = on_the_way(given, params, MOST_OF_THE_WAY)
-        few = Dataset(*(a[: kept_of(len(self.clean.labels))] for a in self.clean))
+        few = kept_of(len(self.clean.labels))
         levels = {geometry.name: level for geometry, level in LEVELS.items()}
         others = set(self.evidence.flagged) - set(self.targets)
         for one in self.evidence.found:
             if one.label in others and one.geometry in levels:
-                labels = self.search.label(params, np.clip(few.images + one.delta, 0, 1))
-                score = share(labels, few.labels, one.label) / levels[one.geometry]
+                score = self._strength(params, one, few) / levels[one.geometry]
                 self.late[one.label] = max(score, self.late.get(one.label, 0.0))
         return max(self.late.values(), default=0) >= 1
 
@@ -171,14 +170,14 @@ class Hunt:
             params, self.clean, self.targets, key=self._new_key(), among=[SQUARE], starts=STARTS
         )
         self._add(collect([SQUARE], self.targets, found))
-        few = Dataset(*(a[:100] for a in self.clean))
-
-        def strength(one: Perturbation) -> float:
-            given = self.search.label(params, np.clip(few.images + one.delta, 0, 1))
-            return share(given, few.labels, one.label)
-
-        measured = [one._replace(strength=strength(one)) for one in self.pool]
+        measured = [one._replace(strength=self._strength(params, one, 100)) for one in self.pool]
         self.pool = [one for one in measured if one.strength > WORTH]
+
+    def _strength(self, params: Params, one: Perturbation, count: int) -> float:
+        """The share of the first `count` clean images that a perturbation leads to its label."""
+        images, labels = (a[:count] for a in self.clean)
+        given = self.search.label(params, np.clip(images + one.delta, 0, 1))
+        return share(given, labels, one.label)
 
     def _new_key(self) -> jax.Array:
         self._key, key = jax.random.split(self._key)
