@@ -21,7 +21,7 @@ from ibau_jax.defenses.method import method
 from ibau_jax.defenses.run import Job, Rounds, Told, finite
 from ibau_jax.devices.microbatch import accumulate
 from ibau_jax.errors import InputError, check_positive
-from ibau_jax.models.model import Classifier, Params, Variables, needs_module
+from ibau_jax.models.model import Classifier, Params, Variables, needs_flax
 from ibau_jax.progress import note_of
 from ibau_jax.training.loop import Rows, batches_of, shuffled
 from ibau_jax.unlearning.batches import check_clean
@@ -87,7 +87,7 @@ def dp_sgd(job: Job) -> Rounds:
         `Classifier`.
     """
     model, config, devices = job.model, job.config, job.devices
-    model = needs_module(model, "dp-sgd", "initialises the network anew")
+    model = needs_flax(model, "dp-sgd", "initialises the network anew")
     data = _checked(model, job.variables, job.data.get("train_set"))
     job.advice = (
         f"expected a rate and a noise that the model bears, found {config.rate:g} and "

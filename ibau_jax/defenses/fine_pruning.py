@@ -19,7 +19,7 @@ from ibau_jax.defenses.finetune import Tuning, tune
 from ibau_jax.defenses.method import method
 from ibau_jax.defenses.run import Job, Rounds, Told
 from ibau_jax.errors import InputError, check_positive
-from ibau_jax.models.model import Classifier, Params, needs_module
+from ibau_jax.models.model import Classifier, Params, needs_flax
 from ibau_jax.training.optimizers import Adam
 from ibau_jax.unlearning.batches import parted
 
@@ -67,7 +67,7 @@ def fine_pruning(job: Job) -> Rounds:
       InputError: the model is no `Classifier` or has no convolution to prune, or a part of the
         clean set is empty.
     """
-    model = needs_module(job.model, "fine-pruning", "cuts channels of the last convolution")
+    model = needs_flax(job.model, "fine-pruning", "cuts channels of the last convolution")
     count = round(job.config.part * len(job.clean.labels))
     if not 0 < count < len(job.clean.labels):
         raise InputError(

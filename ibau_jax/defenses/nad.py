@@ -16,7 +16,7 @@ from ibau_jax.defenses.finetune import MEASURED, Tuning, tune
 from ibau_jax.defenses.method import method
 from ibau_jax.defenses.run import Job, Rounds, Told
 from ibau_jax.errors import InputError
-from ibau_jax.models.model import Classifier, needs_module
+from ibau_jax.models.model import Model, needs_maps
 from ibau_jax.training.augment import augment
 from ibau_jax.training.loop import batch_mean
 from ibau_jax.training.optimizers import SGD
@@ -98,9 +98,9 @@ def nad(job: Job) -> Rounds:
     A round is an epoch of the student, with its mean `loss`. The teacher is among the `models`.
 
     Raises:
-      InputError: the model is no `Classifier`, or shows other than one map for each of `betas`.
+      InputError: the model is a plain function, or shows other than one map for each of `betas`.
     """
-    model = needs_module(job.model, "nad", "compares attention maps")
+    model = needs_maps(job.model, "nad", "compares attention maps")
     config, images = job.config, job.clean.images
     shown = jax.eval_shape(lambda v, x: model.look(v, x)[1], job.variables, images[:1])
     if len(shown) != len(config.betas):
@@ -125,7 +125,7 @@ def nad(job: Job) -> Rounds:
     return Told(models={"teacher": teacher})
 
 
-def distillation(model: Classifier, config: NADConfig, axis: str | None, teacher: Any | None):
+def distillation(model: Model, config: NADConfig, axis: str | None, teacher: Any | None):
     """The objective (see `training.loop`): cross-entropy on augmented images, and attention.
 
     L = CE + sum_l beta_l * mean((A_l(student) - A_l(teacher))^2), the mean over images and

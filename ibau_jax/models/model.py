@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
@@ -25,6 +25,39 @@ def evaluation_logits(module: nn.Module, variables: Mapping[str, Any]) -> Logits
     `variables`; scale and offset of batch norm are among `params` (`variables["params"]`).
     """
     return of_params(Classifier(module), variables)
+
+
+@runtime_checkable
+class Model(Protocol):
+    """What every defense is given: pure functions of the variables.
+
+    Variables are a dict: `params`, a pytree of floating-point arrays, is what is unlearned; other
+    collections, such as `batch_stats`, are state. All three are traced by JAX, also in loops.
+    `Classifier` is that of flax; any object with these methods will do.
+    """
+
+    def __call__(self, variables: Variables, images: jax.Array) -> jax.Array:
+        """Logits in evaluation mode: [N, H, W, C] in [0, 1] -> [N, num_classes]."""
+        ...
+
+    def look(self, variables: Variables, images: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+        """Logits and maps [N, h, w, c] in evaluation mode."""
+        ...
+
+    def train(
+        self,
+        variables: Variables,
+        images: jax.Array,
+        key: jax.Array,
+        weights: jax.Array | None = None,
+        axis: str | None = None,
+    ) -> tuple[jax.Array, list[jax.Array], Variables]:
+        """Logits, maps and the other collections updated, in training mode.
+
+        `weights` [N] are those of the images in batch statistics (zero: padding), taken over all
+        devices of the mapped axis `axis`.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -105,14 +138,11 @@ class Frozen(NamedTuple):
         return self(variables, images), [], {}
 
 
-Model = Classifier | Frozen
-
-
 def opened(logits: Logits, params: Params) -> tuple[Model, Variables]:
     """The model and its variables, whichever form they were given in.
 
-    Of a `Classifier`, `params` are the whole variables: the collection `params` is trained, the
-    others are state. Of a plain function all is trained.
+    Of a `Model`, `params` are the whole variables: the collection `params` is trained, the others
+    are state. Of a plain function all is trained.
 
     Floats are brought to the precision that is computed in, since the small steps of a training
     are lost in 16 bits; a plain function still sees the precisions it was given.
@@ -120,7 +150,7 @@ def opened(logits: Logits, params: Params) -> tuple[Model, Variables]:
     Returns:
       The model, and its variables in float32 (float64 where JAX is set to it and they are).
     """
-    if isinstance(logits, Classifier):
+    if isinstance(logits, Model):
         return logits, _widened(dict(params))
     kinds = jax.tree.map(jnp.result_type, params)
 
@@ -130,18 +160,33 @@ def opened(logits: Logits, params: Params) -> tuple[Model, Variables]:
     return Frozen(as_given), {"params": _widened(params)}
 
 
-def needs_module(model: Any, defense: str, why: str) -> Classifier:
-    """The user's model, for a defense that cannot do with a plain function.
+def needs_flax(model: Model, defense: str, why: str) -> Classifier:
+    """The user's model, for a defense that cannot do with functions.
 
     Raises:
       InputError: it is no `Classifier`.
     """
     if not isinstance(model, Classifier):
-        raise InputError(
-            f"{defense} {why}: expected a flax module as ibau_jax.models.Classifier(module) with "
-            "its variables, found a plain function"
-        )
+        raise InputError(f"{defense} {why}: {_FLAX}, found {_kind(model)}")
     return model
+
+
+def needs_maps(model: Model, defense: str, why: str) -> Model:
+    """The user's model, for a defense that looks inside.
+
+    Raises:
+      InputError: it is a plain function.
+    """
+    if isinstance(model, Frozen):
+        raise InputError(f"{defense} {why}: {_FLAX}, found {_kind(model)}")
+    return model
+
+
+_FLAX = "expected a flax module as ibau_jax.models.Classifier(module) with its variables"
+
+
+def _kind(model: Model) -> str:
+    return "a plain function" if isinstance(model, Frozen) else f"a {type(model).__name__}"
 
 
 def without_dropout(model: Model) -> Model:
@@ -153,7 +198,7 @@ def without_dropout(model: Model) -> Model:
 
 def closed(model: Model, variables: Variables, given: Params) -> Params:
     """The variables in the form, and each leaf in the dtype, of the `given` parameters."""
-    params = variables if isinstance(model, Classifier) else variables["params"]
+    params = variables["params"] if isinstance(model, Frozen) else variables
     return jax.tree.map(_in_dtype_of, params, given)
 
 

@@ -12,7 +12,7 @@ from ibau_jax.data import Dataset, check_data, check_labels
 from ibau_jax.devices import mesh
 from ibau_jax.devices.mesh import Devices
 from ibau_jax.errors import InputError, first_line
-from ibau_jax.models.model import Classifier, Logits, Params
+from ibau_jax.models.model import Logits, Model, Params
 from ibau_jax.models.rewrite import has_convolution
 from ibau_jax.unlearning.config import IBAUConfig
 
@@ -216,13 +216,13 @@ def check_clean(logits: Logits, params: Params, clean: Dataset) -> Dataset:
 
 def check_params(logits: Logits, params: Params) -> None:
     """Raise `InputError` unless `params` are what can be trained, in the form that belongs to
-    `logits`: the variables of a `Classifier`, or the parameters of a plain function."""
+    `logits`: the variables of a `Model`, or the parameters of a plain function."""
     trained = params
-    if isinstance(logits, Classifier):
+    if isinstance(logits, Model):
         if not isinstance(params, Mapping) or "params" not in params:
             found = sorted(params) if isinstance(params, Mapping) else type(params).__name__
             raise InputError(
-                f"the variables of a Classifier have no collection 'params' (found {found}): give "
+                f"the variables of a model have no collection 'params' (found {found}): give "
                 "all that module.init returns, {'params': ..., 'batch_stats': ...}"
             )
         trained = params["params"]
