@@ -1,4 +1,7 @@
-"""Options that several commands have: their types, their help, and what is made of them."""
+"""Options that several commands have: their types, their help, and what is made of them.
+
+What imports JAX is imported where it is used: `ibau --help` needs none of it.
+"""
 
 import os
 import sys
@@ -7,11 +10,7 @@ from typing import Annotated, Any
 
 from tyro.conf import arg
 
-from ibau_jax.attacks import ATTACKS
-from ibau_jax.commands.attack_options import read_trigger
-from ibau_jax.data import DATASETS
-from ibau_jax.defenses import DEFENSES
-from ibau_jax.devices import processes
+from ibau_jax.commands.names import ATTACKS, DATASETS, DEFENSES
 from ibau_jax.errors import InputError
 
 DATASET_NAMES = ", ".join(DATASETS)
@@ -82,6 +81,8 @@ TriggerMask = Annotated[
 
 def join(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
     if coordinator is not None:
+        from ibau_jax.devices import processes
+
         # Gloo, which connects CPUs, talks on stdout; that is for results alone.
         results = os.dup(1)
         os.dup2(2, 1)
@@ -96,6 +97,8 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
 def trigger_options(path: Path | None, rule: str | None, mask: Path | None) -> dict[str, Any]:
     """Arguments of `make_attacks` for the options of a trigger of one's own."""
     if path is not None:
+        from ibau_jax.commands.attack_options import read_trigger
+
         own = read_trigger(path, rule or "add", mask)
         return {"trigger": own, "rule": None, "trigger_name": path.stem}
     if mask is not None:

@@ -2,21 +2,21 @@
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
-from ibau_jax.devices import processes
 from ibau_jax.errors import printable
 from ibau_jax.files import to_json
-from ibau_jax.results.rows import print_table, read_rows
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 def fail(text: str, status: int) -> int:
     print(f"ibau: {printable(text)}", file=sys.stderr, flush=True)
-    processes.leave(status)
+    if "jax" in sys.modules:  # without it there are no other processes
+        from ibau_jax.devices import processes
+
+        processes.leave(status)
     return status
 
 
@@ -25,14 +25,21 @@ def note(text: str) -> None:
 
 
 def finish(
-    found: dict[str, Any], as_json: bool, rows: Path | None = None, shown: Table | None = None
+    found: dict[str, Any], as_json: bool, rows: Path | None = None, shown: "Table | None" = None
 ) -> None:
     """Print a result: JSON, or a table (of rows, or the one `shown`) and the other values."""
+    from ibau_jax.devices import processes
+
     if not processes.is_first():
         return
     if as_json:
         print(to_json(found))
         return
+    from rich.console import Console
+    from rich.text import Text
+
+    from ibau_jax.results.rows import print_table, read_rows
+
     console = Console()
     if rows is not None:
         print_table(read_rows(rows), console)

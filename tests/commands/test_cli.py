@@ -13,11 +13,11 @@ import pytest
 from conftest import random_variables
 from PIL import Image
 
-from ibau_jax.attacks import Attack, Trigger, badnets_square, blend
-from ibau_jax.commands import attack_options, cli, defend, demo, evaluate
+from ibau_jax.attacks import ATTACKS, Attack, Trigger, badnets_square, blend
+from ibau_jax.commands import attack_options, cli, defend, demo, evaluate, names
 from ibau_jax.commands.cli import main
-from ibau_jax.data import load
-from ibau_jax.defenses import Defense
+from ibau_jax.data import DATASETS, load
+from ibau_jax.defenses import DEFENSES, Defense
 from ibau_jax.defenses.inversion import neural_cleanse
 from ibau_jax.defenses.inversion.neural_cleanse import NeuralCleanseConfig
 from ibau_jax.defenses.method import method
@@ -552,6 +552,19 @@ def test_help_names_every_command(capsys):
     text = capsys.readouterr().out
     for name in ("demo", "train", "evaluate", "defend", "convert", "report", "prepare", "bound"):
         assert name in text
+
+
+def test_help_knows_the_tables_and_takes_no_second():
+    assert names.ATTACKS == tuple(ATTACKS) and names.DATASETS == tuple(DATASETS)
+    assert names.DEFENSES == tuple(DEFENSES)
+    for arguments in (["--help"], ["defend", "--help"], ["defend", "--no-such-option"]):
+        code = (
+            f"from ibau_jax.commands.cli import main\ntry: main({arguments})\nexcept SystemExit: 0"
+        )
+        code += (
+            "\nimport sys; sys.exit(len({'jax', 'optax', 'tensorflow', 'PIL'} & set(sys.modules)))"
+        )
+        assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 
 def test_bound_prints_every_term(capsys, digits_model):
