@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from ibau_jax.attacks import described
-from ibau_jax.data import Dataset, load_both, note_accuracy, note_missing
+from ibau_jax.data import Dataset, check_accuracy, load_both, note_missing
 from ibau_jax.defenses import find, with_rounds
 from ibau_jax.defenses.run import Result
 from ibau_jax.devices import mesh, processes
@@ -104,15 +104,17 @@ def defend(
     if no_labels:
         clean_set = stored.relabelled(clean_set)
     devices, first = mesh.devices(num_devices), processes.is_first()
-    out = Path(out or Path("runs") / f"{Path(model).stem}-{defense}-{preset}-seed{seed}")
-    if first:
-        make_folder(out, "out")
     notes: list[str | None] = [*given.notes, *other.notes]
     notes.append(note_missing(clean_set.labels, stored.num_classes))
     if given.own and not no_labels:
-        notes.append(note_accuracy(stored.accuracy(given.data), "the clean images"))
+        acc, what = stored.accuracy(given.data), "the clean images"
+        notes.append(check_accuracy(acc, stored.num_classes, what))
     elif other.own:
-        notes.append(note_accuracy(stored.accuracy(other.data), "the images to measure by"))
+        acc, what = stored.accuracy(other.data), "the images to measure by"
+        notes.append(check_accuracy(acc, stored.num_classes, what))
+    out = Path(out or Path("runs") / f"{Path(model).stem}-{defense}-{preset}-seed{seed}")
+    if first:
+        make_folder(out, "out")
     notes += _about_batches(config, len(clean_set.labels), len(devices.all))
     if found.train_set and clean is not None:
         notes.append(

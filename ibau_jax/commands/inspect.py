@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from ibau_jax.data import load_given, note_accuracy, note_missing
+from ibau_jax.data import check_accuracy, load_given, note_missing
 from ibau_jax.files import make_folder
 from ibau_jax.models.files import load_model
 from ibau_jax.results.inspection import write_inspection
@@ -57,7 +57,8 @@ def inspect_model(
         data = stored.relabelled(data)
     elif given.own:
         notes.append(note_missing(data.labels, stored.num_classes))
-        notes.append(note_accuracy(stored.accuracy(data), "the clean images"))
+        acc = stored.accuracy(data)
+        notes.append(check_accuracy(acc, stored.num_classes, "the clean images"))
     out = Path(out or Path("runs") / f"{Path(model).stem}-inspect-seed{seed}")
     make_folder(out, "out")
     for note in filter(None, notes):

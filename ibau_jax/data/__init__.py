@@ -4,6 +4,7 @@
 """
 
 from ibau_jax.data.check import (
+    check_accuracy,
     check_data,
     check_images,
     check_labels,
@@ -33,6 +34,7 @@ __all__ = [
     "load_given",
     "missing_classes",
     "name_some",
+    "check_accuracy",
     "note_accuracy",
     "note_missing",
     "split_indices",

@@ -9,6 +9,8 @@ import numpy as np
 from ibau_jax.data.datasets import Dataset
 from ibau_jax.errors import InputError, first_line
 
+NEAR_CHANCE = 0.1  # of the way from guessing to all right
+
 
 def check_data(data: Dataset, what: str = "clean") -> Dataset:
     """The data as NumPy arrays in the precision that is computed in, after a check.
@@ -105,6 +107,22 @@ def note_accuracy(acc: float, what: str, least: float = 0.5) -> str | None:
     return (
         f"the model gives {acc:.0%} of {what} their labels: are the classes in the order that it "
         "was trained with, and the images as it reads them (RGB in [0, 1], this size)?"
+    )
+
+
+def check_accuracy(acc: float, num_classes: int, what: str) -> str | None:
+    """As `note_accuracy`, before a model is changed by what is known of these images.
+
+    Raises:
+      InputError: the accuracy is within a tenth of the way of what guessing gives.
+    """
+    chance = 1 / num_classes
+    if acc > chance + NEAR_CHANCE * (1 - chance):
+        return note_accuracy(acc, what)
+    raise InputError(
+        f"the model gives {acc:.0%} of {what} their labels, hardly more than guessing ({chance:.0%}"
+        "): expected the classes in the order that it was trained with, and images as it reads "
+        "them (RGB in [0, 1], its size, normalised only if it does not do so itself)"
     )
 
 

@@ -1,6 +1,7 @@
 """Folders of images and .npz files through the real commands."""
 
 import json
+import shutil
 from dataclasses import replace
 from functools import partial
 
@@ -164,6 +165,11 @@ def test_defend_leaves_out_what_is_in_both(capsys, digits_model, own):
         (["--clean", "loop"], "is a symbolic link to a folder above it"),
         (["--clean", "bad.npz"], "holds 'pixels'"),
         (["--clean", "dark.npz"], "divide pixels by 255 only once"),
+        (["--clean", "shifted"], "of the clean images their labels, hardly more than guessing"),
+        (
+            ["--clean", "clean", "--no-labels", "--split", "shifted"],
+            "of the images to measure by their labels, hardly",
+        ),
     ],
 )
 def test_defend_refuses_in_one_line_and_writes_nothing(
@@ -174,6 +180,8 @@ def test_defend_refuses_in_one_line_and_writes_nothing(
         write(own / name, Dataset(images, np.arange(9)))
         if name != "nine":
             (own / name / "9").mkdir()
+    for label in range(10):
+        shutil.copytree(own / "test" / str(label), own / "shifted" / str((label + 1) % 10))
     (own / "damaged" / "9" / "0.png").write_bytes(b"\x89PNG")
     Image.fromarray(np.zeros((2, 2), np.uint8)).save(own / "mixed" / "9" / "0.png")
     (own / "loop" / "9" / "up").symlink_to(own / "loop")
