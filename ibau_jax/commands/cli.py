@@ -13,6 +13,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,22 +21,20 @@ import tyro
 from tyro.conf import Positional, arg
 
 from ibau_jax.commands.options import (
+    ALONE,
+    AS_STORED,
     ATTACK_NAMES,
     DATASET_NAMES,
     DEFENSE_NAMES,
     OWN_IMAGES,
     AsJson,
-    Classes,
-    Coordinator,
     DataDir,
     DataName,
-    Exif,
-    ImageSize,
+    Machines,
     NoLabels,
     NumDevices,
-    NumProcesses,
+    OwnImages,
     OwnScenario,
-    ProcessId,
     Seed,
     Target,
     TriggerFile,
@@ -67,7 +66,9 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def _expanded(value: Any) -> Any:
-    """An option's value; of a path, with the home folder in place of `~`."""
+    """An option's value, or a group of them; of a path, with the home folder in place of `~`."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: _expanded(getattr(value, f.name)) for f in fields(value)})
     return user_path(value) if isinstance(value, Path) else value
 
 
@@ -121,16 +122,14 @@ def train(
     resume: Annotated[bool, arg(help="go on with a training that was stopped")] = False,
     seed: Seed = 0,
     devices: NumDevices = None,
-    coordinator: Coordinator = None,
-    num_processes: NumProcesses = None,
-    process_id: ProcessId = None,
+    machines: Machines = ALONE,
     data_dir: DataDir = None,
     json: AsJson = False,
 ) -> None:
     """Train a model, poisoned or clean, and write it to one file."""
     from ibau_jax.commands import attack_options, train
 
-    join(coordinator, num_processes, process_id)
+    join(machines)
     options = {
         "poison_ratio": poison_ratio,
         "preset": preset,
@@ -168,9 +167,7 @@ def inspect(
         ),
     ] = None,
     no_labels: NoLabels = False,
-    classes: Classes = None,
-    image_size: ImageSize = None,
-    exif: Exif = False,
+    images: OwnImages = AS_STORED,
     seed: Seed = 0,
     out: Annotated[
         Path | None, arg(help="folder of report.html; default: runs/MODEL-inspect-seedN")
@@ -195,9 +192,7 @@ def inspect(
         dataset=dataset,
         clean=clean,
         no_labels=no_labels,
-        classes=classes,
-        image_size=image_size,
-        exif=exif,
+        images=images,
         seed=seed,
         out=out,
         data_dir=data_dir,
@@ -214,9 +209,7 @@ def evaluate(
     split: Annotated[
         str | None, arg(help=f"images to measure by: a split, as 'test[5000:]', {OWN_IMAGES}")
     ] = None,
-    classes: Classes = None,
-    image_size: ImageSize = None,
-    exif: Exif = False,
+    images: OwnImages = AS_STORED,
     attack: Annotated[
         str | None,
         arg(
@@ -241,9 +234,7 @@ def evaluate(
         model,
         dataset=dataset,
         split=split,
-        classes=classes,
-        image_size=image_size,
-        exif=exif,
+        images=images,
         data_dir=data_dir,
         progress=True,
         on_note=note,
@@ -281,9 +272,7 @@ def defend(
             "clean images: half of them"
         ),
     ] = None,
-    classes: Classes = None,
-    image_size: ImageSize = None,
-    exif: Exif = False,
+    images: OwnImages = AS_STORED,
     rounds: Annotated[int | None, arg(help="passes over the clean set; default: preset's")] = None,
     poison_ratio: Annotated[
         float | None,
@@ -294,16 +283,14 @@ def defend(
         Path | None, arg(help="folder to write; default: runs/MODEL-DEFENSE-PRESET-seedN")
     ] = None,
     devices: NumDevices = None,
-    coordinator: Coordinator = None,
-    num_processes: NumProcesses = None,
-    process_id: ProcessId = None,
+    machines: Machines = ALONE,
     data_dir: DataDir = None,
     json: AsJson = False,
 ) -> None:
     """Remove the backdoor from a model with a small clean set; write the result and a report."""
     from ibau_jax.commands import defend
 
-    join(coordinator, num_processes, process_id)
+    join(machines)
     found = defend.defend(
         model,
         defense=defense,
@@ -314,9 +301,7 @@ def defend(
         split=split,
         rounds=rounds,
         poison_ratio=poison_ratio,
-        classes=classes,
-        image_size=image_size,
-        exif=exif,
+        images=images,
         seed=seed,
         out=out,
         data_dir=data_dir,
@@ -498,7 +483,7 @@ def _parse(arguments: list[str] | None) -> Callable[[], None]:
                 prog="ibau",
                 description="Backdoor removal with I-BAU in JAX.",
                 args=arguments,
-                config=(tyro.conf.FlagCreatePairsOff,),
+                config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
             )
     except SystemExit as stop:
         if not stop.code:  # --help

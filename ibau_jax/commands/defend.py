@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from ibau_jax.attacks import described
+from ibau_jax.commands.options import AS_STORED, OwnImages
 from ibau_jax.data import Dataset, check_accuracy, load_both, note_missing
 from ibau_jax.defenses import find, with_rounds
 from ibau_jax.defenses.run import Result
@@ -50,9 +51,7 @@ def defend(
     split: str | None = None,
     rounds: int | None = None,
     poison_ratio: float | None = None,
-    classes: str | Path | None = None,
-    image_size: int | None = None,
-    exif: bool = False,
+    images: OwnImages = AS_STORED,
     seed: int = 0,
     out: str | Path | None = None,
     data_dir: str | Path | None = None,
@@ -72,7 +71,7 @@ def defend(
       rounds: what a round is depends on the defense; mostly a pass over the clean set.
       poison_ratio: of the training set, for a defense that trains on it; None: as the model's
         file says.
-      classes, image_size, exif: how a folder or file is read, see `data.Reader`.
+      images: how a folder or a file of the user's own is read.
       num_devices: how many to compute on; None: all.
       on_note: called with a line for the user, where something is worth knowing.
 
@@ -83,9 +82,7 @@ def defend(
     stored = load_model(model)
     reader = stored.reader(
         dataset,
-        classes=classes,
-        image_size=image_size,
-        exif=exif,
+        **vars(images),
         data_dir=data_dir,
         progress=progress and processes.is_first(),
     )

@@ -6,6 +6,7 @@ from typing import Any
 
 from ibau_jax.attacks import described
 from ibau_jax.commands.attack_options import attacks_on
+from ibau_jax.commands.options import AS_STORED, OwnImages
 from ibau_jax.data import load_given, note_accuracy
 from ibau_jax.models.files import load_model
 from ibau_jax.results.metrics import evaluator
@@ -16,9 +17,7 @@ def evaluate_model(
     *,
     dataset: str | None = None,
     split: str | None = None,
-    classes: str | Path | None = None,
-    image_size: int | None = None,
-    exif: bool = False,
+    images: OwnImages = AS_STORED,
     data_dir: str | Path | None = None,
     progress: bool = False,
     on_note: Callable[[str], None] = lambda text: None,
@@ -28,7 +27,7 @@ def evaluate_model(
 
     Args:
       split: images to measure by: a split of the data set, a folder or an .npz file.
-      classes, image_size, exif: how a folder or file is read, see `data.Reader`.
+      images: how a folder or a file of the user's own is read.
       progress: show a bar on stderr while a folder is read.
       on_note: called with a line for the user, where something is worth knowing.
       attack: see `attack_options.attacks_on`.
@@ -39,9 +38,7 @@ def evaluate_model(
     attacks = attacks_on(loaded, name, **attack)
     reader = loaded.reader(
         dataset,
-        classes=classes,
-        image_size=image_size,
-        exif=exif,
+        **vars(images),
         data_dir=data_dir,
         progress=progress,
     )

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from ibau_jax.commands.options import AS_STORED, OwnImages
 from ibau_jax.data import check_accuracy, load_given, note_missing
 from ibau_jax.files import make_folder
 from ibau_jax.models.files import load_model
@@ -24,9 +25,7 @@ def inspect_model(
     no_labels: bool = False,
     seed: int = 0,
     out: str | Path | None = None,
-    classes: str | Path | None = None,
-    image_size: int | None = None,
-    exif: bool = False,
+    images: OwnImages = AS_STORED,
     data_dir: str | Path | None = None,
     progress: bool = False,
     on_note: Callable[[str], None] = lambda text: None,
@@ -37,16 +36,14 @@ def inspect_model(
       clean: images without the trigger: a split of the data set, a folder or an .npz file.
       no_labels: the labels of the clean images are those that the model gives them.
       out: folder of `report.html`.
-      classes, image_size, exif: how a folder or file is read, see `data.Reader`.
+      images: how a folder or a file of the user's own is read.
       on_note: called with a line for the user, where something is worth knowing.
     """
     stored = load_model(model)
     clean = clean or stored.data_info(dataset).clean
     reader = stored.reader(
         dataset,
-        classes=classes,
-        image_size=image_size,
-        exif=exif,
+        **vars(images),
         data_dir=data_dir,
         progress=progress,
     )

@@ -5,6 +5,7 @@ What imports JAX is imported where it is used: `ibau --help` needs none of it.
 
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,24 +26,6 @@ AsJson = Annotated[bool, arg(help="print one JSON object on stdout")]
 Seed = Annotated[int, arg(help="seed of everything that is random")]
 DataName = Annotated[str | None, arg(help=f"{DATASET_NAMES}; default: the model's own")]
 OWN_IMAGES = "or a folder with a folder for each class, or an .npz file of images and labels"
-Classes = Annotated[
-    Path | None,
-    arg(
-        help="text file with the name of each class, one a line, in the order of the labels; "
-        "default: the sorted names of the folders"
-    ),
-]
-ImageSize = Annotated[
-    int | None,
-    arg(help="resize the shorter side of your own images to it, and crop the centre"),
-]
-Exif = Annotated[
-    bool,
-    arg(
-        help="turn pictures in a folder as their EXIF data say; off, since PIL and torchvision, "
-        "and so most trainings, leave them as they are stored"
-    ),
-]
 NoLabels = Annotated[
     bool, arg(help="the clean images have no labels that count: take those that the model gives")
 ]
@@ -64,12 +47,6 @@ TriggerRule = Annotated[
     ),
 ]
 NumDevices = Annotated[int | None, arg(help="GPUs, TPU cores or CPUs to use; default: all")]
-Coordinator = Annotated[
-    str | None,
-    arg(help="several machines: HOST:PORT of process 0, or auto (SLURM, Open MPI, TPU pods)"),
-]
-NumProcesses = Annotated[int | None, arg(help="several machines: how many processes")]
-ProcessId = Annotated[int | None, arg(help="several machines: which one this is, from 0")]
 TriggerMask = Annotated[
     Path | None,
     arg(
@@ -79,16 +56,59 @@ TriggerMask = Annotated[
 ]
 
 
-def join(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
-    if coordinator is not None:
+@dataclass(frozen=True)
+class OwnImages:
+    """How images of your own are read."""
+
+    classes: Annotated[
+        Path | None,
+        arg(
+            help="text file with the name of each class, one a line, in the order of the labels; "
+            "default: the sorted names of the folders"
+        ),
+    ] = None
+    image_size: Annotated[
+        int | None,
+        arg(help="resize the shorter side of your own images to it, and crop the centre"),
+    ] = None
+    exif: Annotated[
+        bool,
+        arg(
+            help="turn pictures in a folder as their EXIF data say; off, since PIL and "
+            "torchvision, and so most trainings, leave them as they are stored"
+        ),
+    ] = False
+
+
+AS_STORED = OwnImages()
+
+
+@dataclass(frozen=True)
+class Machines:
+    """Several machines, or processes, that compute together."""
+
+    coordinator: Annotated[
+        str | None,
+        arg(help="HOST:PORT of process 0, or auto (SLURM, Open MPI, TPU pods)"),
+    ] = None
+    num_processes: Annotated[int | None, arg(help="how many processes")] = None
+    process_id: Annotated[int | None, arg(help="which one this is, from 0")] = None
+
+
+ALONE = Machines()
+
+
+def join(machines: Machines) -> None:
+    """Join the other processes, before anything computes."""
+    if machines.coordinator is not None:
         from ibau_jax.devices import processes
 
         # Gloo, which connects CPUs, talks on stdout; that is for results alone.
         results = os.dup(1)
         os.dup2(2, 1)
         sys.stdout = open(results, "w")  # noqa: SIM115  (until the process ends)
-        processes.start(coordinator, num_processes, process_id)
-    elif num_processes is not None or process_id is not None:
+        processes.start(machines.coordinator, machines.num_processes, machines.process_id)
+    elif machines.num_processes is not None or machines.process_id is not None:
         raise InputError(
             "--num-processes or --process-id without --coordinator: give HOST:PORT of process 0"
         )
