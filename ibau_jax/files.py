@@ -11,8 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import platformdirs
 
 from ibau_jax.errors import InputError
+
+
+def cache_folder() -> Path:
+    """`IBAU_CACHE`, else the user's cache folder of this operating system."""
+    return user_path(os.environ.get("IBAU_CACHE") or platformdirs.user_cache_dir("ibau_jax"))
 
 
 def user_path(path: str | Path) -> Path:

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 
 from ibau_jax import InputError
-from ibau_jax.data.cache import cache_folder
 from ibau_jax.data.tfds import dataset_folder
-from ibau_jax.files import atomic_path, to_json, user_path, write_text
+from ibau_jax.files import atomic_path, cache_folder, to_json, user_path, write_text
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])

@@ -20,6 +20,7 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import Positional, arg
 
+from ibau_jax.commands.compiled import keep_programs
 from ibau_jax.commands.options import (
     ALONE,
     AS_STORED,
@@ -460,6 +461,7 @@ def main(arguments: list[str] | None = None) -> int:
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax: tracebacks of what we tell
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
+        keep_programs()
         _parse(arguments)()
     except InputError as error:
         option = error.argument and f" (--{error.argument.replace('_', '-')})"

@@ -10,17 +10,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-import platformdirs
 
-from ibau_jax.files import user_path
+from ibau_jax.files import cache_folder
 
 Arrays = tuple[np.ndarray, np.ndarray]
 log = logging.getLogger(__name__)
-
-
-def cache_folder() -> Path:
-    """`IBAU_CACHE`, else the user's cache folder of this operating system."""
-    return user_path(os.environ.get("IBAU_CACHE") or platformdirs.user_cache_dir("ibau_jax"))
 
 
 def cached(key: str, decode: Callable[[], Arrays]) -> Arrays:
