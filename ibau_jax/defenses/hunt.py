@@ -3,13 +3,14 @@
 The guard knows no trigger: it has the search, and clean images that were held back.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from ibau_jax.data import Dataset
+from ibau_jax.defenses.guard import on_the_way
 from ibau_jax.defenses.run import Job
 from ibau_jax.models.model import Params, of_params
 from ibau_jax.unlearning.batches import UNTARGETED
@@ -19,7 +20,6 @@ from ibau_jax.unlearning.evidence import (
     LEVELS,
     WORTH,
     Perturbation,
-    collect,
     look,
     looks,
     rest,
@@ -32,8 +32,9 @@ MOST_OF_THE_WAY = 0.7
 # Where there are several targets, each has few ascents and a small part of the pool. So more images
 # carry something, what leads to its label no more is left out of the pool, and searches are wider.
 # The strongest window is of many colours, and to unlearn it leaves a trigger of one colour (the
-# white square of BadNets beside six others: ASR 0.9; experiments/default.md); a square finds it.
-SHARES, STARTS, SQUARE = 1.5, 1000, square(4)
+# white square of BadNets beside six others): so several squares go into the pool, as they are drawn
+# (experiments/default.md).
+SHARES, STARTS, SQUARE, SQUARES = 2.0, 1000, square(4), 8
 
 
 class Hunt:
@@ -41,18 +42,20 @@ class Hunt:
 
     The rounds make a stage. The first one unlearns the likeliest target alone: the weaknesses that
     a backdoor brings with it fall with it, and to unlearn them too would cost accuracy. Where it
-    shows that there are other targets, all suspects are the matter of the next stage.
+    shows that there are other targets, all suspects are the matter of the next stage, which begins
+    `anew`, at the given parameters: what the first one left of the others, a search finds badly.
     """
 
     def __init__(self, job: Job, clean: Dataset, config: IBAUConfig, num_batches: int):
         logits = of_params(job.model, job.variables)
         self.job, self.clean, self.config, self.num_batches = job, clean, config, num_batches
         self.rounds = config.rounds or 1
-        self.search = Search(logits, (*GEOMETRIES, SQUARE), compiling=job.compiling)
+        self.search = Search(logits, GEOMETRIES, compiling=job.compiling)
         self._key = jax.random.fold_in(job.key, 1)  # not one of those that the rounds draw
         self.found: list[Perturbation] = []
         self.pool: list[Perturbation] = []
-        self.stage, self.targets, self.unlearned = 0, (), []
+        self.stage, self.targets, self.unlearned, self.anew = 0, (), [], False
+        self.led: list[int] = []
         self.left: dict[int, float] = {}
         self.late: dict[int, float] = {}
 
@@ -83,8 +86,8 @@ class Hunt:
         usual = len(self.config.schedule(self.num_batches))
         count = min(self.num_batches, max(usual, -(-2 * len(targets) // self.rounds)))
         aims = []
-        for ascent in range(number * count, (number + 1) * count):
-            label = targets[ascent % len(targets)]
+        self.led = [targets[i % len(targets)] for i in range(number * count, (number + 1) * count)]
+        for ascent, label in enumerate(self.led, number * count):
             starts = sorted(
                 (one for one in newest if one.label == label), key=lambda one: -one.strength
             )
@@ -99,6 +102,15 @@ class Hunt:
     def several(self) -> bool:
         """Is there more than one target in this stage?"""
         return len(self.targets) > 1
+
+    def met(self, deltas: Sequence[np.ndarray]) -> None:
+        """Take the deltas of a round, one for each of its aims: of several targets, into the pool.
+
+        There each label has few ascents, and an ascent with another label unlearns none of it.
+        """
+        if self.several:
+            pairs = zip(deltas, self.led, strict=True)
+            self.pool += [Perturbation(delta, label, 0.0, "delta") for delta, label in pairs]
 
     def between(self, params: Params) -> None:
         """After a round that is not the last of its stage: of several targets, search once more."""
@@ -124,8 +136,9 @@ class Hunt:
             return False
         self._unlearn(tuple(still))
         self._add([one for one in fresh if one.label in still])
+        self.anew = others
         if self.several:
-            self._refresh(params)
+            self._refresh(self.job.variables["params"] if self.anew else params)
         return True
 
     def _other_targets(self, params: Params) -> bool:
@@ -165,11 +178,18 @@ class Hunt:
         self.pool += found
 
     def _refresh(self, params: Params) -> None:
-        """Find squares too, and leave in the pool what still leads to its label."""
-        found = self.search(
-            params, self.clean, self.targets, key=self._new_key(), among=[SQUARE], starts=STARTS
+        """Draw squares, and leave in the pool what still leads to its label."""
+        squares = self.search.drawn(
+            params,
+            self.clean,
+            self.targets,
+            SQUARE,
+            key=self._new_key(),
+            starts=STARTS,
+            best=SQUARES,
         )
-        self._add(collect([SQUARE], self.targets, found))
+        for label, found in zip(self.targets, squares, strict=True):
+            self.pool += [Perturbation(delta, label, 0.0, SQUARE.name) for delta in found]
         measured = [one._replace(strength=self._strength(params, one, 100)) for one in self.pool]
         self.pool = [one for one in measured if one.strength > WORTH]
 
@@ -233,42 +253,3 @@ class Hunt:
             "left": most,
             "kept": kept,
         }
-
-
-def bearable(
-    right: Callable[[Params], np.ndarray], before: np.ndarray, params: Params, budget: float | None
-) -> bool:
-    """Is no more accuracy lost than `budget` and one standard error; with None, none at all?
-
-    Few images say little. The error is that of the difference, in which only those count that
-    changed (McNemar's test).
-
-    Args:
-      right: `right(params)`, bool [N], which of the held-back images get their label.
-      before: that of the given parameters.
-    """
-    after = right(params)
-    lost = before.mean() - after.mean()
-    if budget is None:
-        return bool(lost <= 0)
-    return bool(lost <= budget + np.sqrt(np.sum(before != after)) / len(before))
-
-
-def roll_back(
-    bears: Callable[[Params], bool], given: Params, params: Params
-) -> tuple[Params, float]:
-    """As far from `given` to `params` as it `bears` (of parameters).
-
-    Returns:
-      The parameters, and the share of the way.
-    """
-    for tenths in range(10, 0, -1):
-        there = params if tenths == 10 else on_the_way(given, params, tenths / 10)
-        if bears(there):
-            return there, tenths / 10
-    return given, 0.0
-
-
-def on_the_way(given: Params, params: Params, share: float) -> Params:
-    """The parameters when so much of the way from `given` to `params` is gone."""
-    return jax.tree.map(lambda a, b: a + share * (b - a), given, params)

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ibau_jax.data import Dataset
-from ibau_jax.defenses.hunt import Hunt, bearable, roll_back
+from ibau_jax.defenses.guard import bearable, roll_back
+from ibau_jax.defenses.hunt import Hunt
 from ibau_jax.defenses.method import method
 from ibau_jax.defenses.run import Job, Rounds, Told
 from ibau_jax.errors import InputError, first_line
@@ -102,8 +103,9 @@ def unlearn(job: Job) -> Rounds:
                     mixed = make_mixtures(clean, config, number, partial(teach, given), devices)
                     batches = batches._replace(mixed=mixed)
                 state, info = algorithm.round(state, batches, told, aims)
-                devices.check_equal(state=state, delta=info.delta)
-                delta, height, steps = jax.tree.map(np.asarray, devices.one(info))
+                devices.check_equal(state=state, deltas=info.deltas)
+                found, height, steps = jax.tree.map(np.asarray, devices.one(info))
+                delta = found[-1]
                 deltas.append(delta)
                 row = {
                     "delta_norm": float(size(delta)),
@@ -113,6 +115,8 @@ def unlearn(job: Job) -> Rounds:
                 }
                 params = devices.one(state.params)
                 ends = number == rounds - 1
+                if hunt:
+                    hunt.met(found)
                 if hunt and not ends:
                     hunt.between(params)
                 goes_on = ends and hunt is not None and hunt.goes_on(params)
@@ -126,7 +130,8 @@ def unlearn(job: Job) -> Rounds:
             advance(0, note_of(row))
         if not goes_on:
             break
-        state = devices.replicate(init(params, devices.one(state.key)))
+        begin = given if hunt and hunt.anew else params
+        state = devices.replicate(init(begin, devices.one(state.key)))
     diagnostics = {"route": config.route, "route_reason": why} if why else {}
     if hunt is None:
         return Told(deltas=np.stack(deltas), diagnostics=diagnostics)

@@ -55,9 +55,9 @@ class Step(NamedTuple):
 
 
 class Info(NamedTuple):
-    """What is known of a round: its last delta [H, W, C], H near it, and its outer steps."""
+    """What is known of a round: each delta [H, W, C], H near the last one, the outer steps."""
 
-    delta: jax.Array
+    deltas: list[jax.Array]
     height: jax.Array
     steps: list[Step]
 
@@ -176,14 +176,16 @@ def ibau(
         told: Callable[[Step], None] = lambda step: None,
         aims: Sequence[Aim] = (),
     ) -> tuple[State, Info]:
+        deltas: list[jax.Array] = []
         steps: list[Step] = []
         ascents = config.schedule(num_batches, len(aims))
         for (first, end), aim in zip_longest(ascents, aims):  # line 1
             delta, height = ascend(state.params, batches, first, aim)
+            deltas.append(delta)
             for index in range(first, end):
                 state, step = descend(state, delta, batches, index, aim)
                 told(step)
                 steps.append(step)
-        return state, Info(delta, height, steps)
+        return state, Info(deltas, height, steps)
 
     return Algorithm(init, ascend, descend, round)

@@ -149,6 +149,30 @@ class Search:
         arrays = np.asarray(deltas).reshape(*shape, *images.shape[1:])
         return Found(arrays, np.asarray(strength), found, np.asarray(held_true, np.int32))
 
+    def drawn(
+        self,
+        params: Params,
+        clean: Dataset,
+        labels: Sequence[Label],
+        geometry: Geometry,
+        *,
+        key: jax.Array,
+        starts: int,
+        best: int,
+    ) -> np.ndarray:
+        """Of `starts` random perturbations of a geometry the `best` towards each label, as drawn.
+
+        No ascent makes them alike: they show what else leads to a label.
+
+        Returns:
+          [L, best, H, W, C].
+        """
+        images, true = (a[: self.batch] for a in shuffled(clean, key))
+        drawn = self._starts(geometry, jax.random.fold_in(key, 1), images, starts)
+        seen = self._run(self._look_at, params, drawn, images)
+        rules = [rule_of(label, seen.shape[-1])[true] for label in labels]
+        return np.asarray([drawn[np.argsort(-_heights(seen, true, r))[:best]] for r in rules])
+
     def warm(self, params: Params, clean: Dataset) -> None:
         """Compile what reads the labels."""
         self.label(params, clean.images[: kept_of(len(clean.labels))])

@@ -14,14 +14,15 @@ from conftest import MODEL, SQUARE, clean, measure, on_devices, small_model
 
 from ibau_jax import Dataset, IBAUConfig, InputError, load, unlearn
 from ibau_jax.defenses import hunt
-from ibau_jax.defenses.hunt import Hunt, bearable, roll_back
+from ibau_jax.defenses.guard import bearable, roll_back
+from ibau_jax.defenses.hunt import Hunt
 from ibau_jax.defenses.run import Job
 from ibau_jax.devices.mesh import devices
 from ibau_jax.models.model import opened
 from ibau_jax.unlearning.batches import UNTARGETED
 from ibau_jax.unlearning.evidence import LEVELS, Evidence, Perturbation
 from ibau_jax.unlearning.objective import cross_entropy
-from ibau_jax.unlearning.search import Found, Search
+from ibau_jax.unlearning.search import Search
 
 KEY = jax.random.key(0)
 QUICK = replace(IBAUConfig(), rounds=6, batch_size=40, inner_steps=5, microbatch=None)
@@ -109,15 +110,16 @@ def test_what_is_left_of_the_suspects_is_the_matter_of_the_next_stage(
             pass
 
         def label(self, params, images):
-            if not np.any(jax.tree.leaves(params)[0]):  # in the end: all perturbations lead to 0
+            first = jax.tree.leaves(params)[0]
+            if first is given[0] or not np.any(first):  # at both ends all perturbations lead to 0
                 return np.zeros(len(images), int)
             np.testing.assert_allclose(jax.tree.leaves(params)[0], 0.3 * given[0], rtol=1e-5)
             return np.where(np.arange(len(images)) % 10 < 10 * late, 0, 5)
 
-        def __call__(self, params, clean, labels, **settings):
-            assert settings["among"] == [hunt.SQUARE] and len(labels) > 1
-            squares = np.zeros((1, len(labels), 16, 16, 1))
-            return Found(squares, np.full((1, len(labels)), 0.3), np.zeros((1, len(labels), 4)), [])
+        def drawn(self, params, clean, labels, geometry, *, key, starts, best):
+            at_given = jax.tree.leaves(params)[0] is given[0]
+            assert geometry == hunt.SQUARE and len(labels) > 1 and at_given == (late > 0.6)
+            return np.zeros((len(labels), best, 16, 16, 1))
 
     scores = iter(left)
     monkeypatch.setattr(hunt, "Search", lambda *args, **kwargs: Fake())
@@ -138,17 +140,23 @@ def test_what_is_left_of_the_suspects_is_the_matter_of_the_next_stage(
         if not stage and len(left) == 2:  # what goes on is what still stands, and the others
             stands = [label for label, score in zip([1, 0], left[0], strict=True) if score >= 1]
             assert at.targets == tuple(sorted({*stands, *([0] if late > 0.6 else [])})[::-1])
+            assert at.anew == (late > 0.6)
     told = at.told(end, 1.0)
     assert told["suspects"] == [1, 0] and told["flagged"] == flagged
     assert told["stages"] == len(left) and told["verdict"] == verdict
-    # Once, however many stages; what a fresh search found for a target that still stands too, and
-    # of several targets a square each, of which those stay in the pool that lead to their label.
+    # Once, however many stages, and what a fresh search found for a target that still stands. Of
+    # several targets squares too, and of all what leads to its label.
     again, several = len(left) == 2 and left[0][0] >= 1, len(at.targets) > 1
     found = [one.label for one in at.found]
-    assert found.count(0) == (0 in flagged) + several and found.count(1) == again + several
+    assert found.count(0) == (0 in flagged) and found.count(1) == again
     kept = [one.label for one in at.pool]
-    assert sorted(kept) == ([0, 0] if several else sorted(found))
-    assert told["late"]["0"] == pytest.approx(late / 0.6, abs=0.2)
+    assert sorted(kept) == ([0] * (1 + hunt.SQUARES) if several else sorted(found))
+    before = len(at.pool)
+    deltas = [np.full((16, 16, 1), i, np.float32) for i in range(len(at.aims(0)))]
+    at.met(deltas)
+    new = at.pool[before:]
+    assert [one.label for one in new] == (at.led if several else [])
+    assert all(one.delta is delta for one, delta in zip(new, deltas, strict=False))
 
 
 def test_few_images():

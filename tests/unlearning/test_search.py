@@ -157,6 +157,23 @@ def test_the_label_of_a_backdoor_stands_out(seed):
     same(found, again)
 
 
+def test_the_best_that_are_drawn():
+    params, images = jnp.zeros(()), Dataset(clean().images, clean().labels % 3)
+
+    def logits(params, images):  # label 1 by what is bright in a corner, label 2 by what is dark
+        corner = images[:, -3:, -3:].mean((1, 2, 3))
+        return params + jnp.stack([jnp.full(len(images), 0.1), corner, 0.2 - corner], -1)
+
+    found = Search(logits, batch=10).drawn(
+        params, images, [1, 2], square(3), key=KEY, starts=500, best=4
+    )
+    assert found.shape == (2, 4, 16, 16, 1)
+    pictures = found.reshape(8, -1)
+    assert ((pictures != 0).sum(1) == 9).all() and (np.ptp(pictures, 1) == 1).all()
+    corners = found[:, :, -3:, -3:].mean((2, 3, 4))
+    assert (corners[0] == 1).all() and (corners[1] == -1).all()
+
+
 def test_float64(x64):
     """Images of two precisions are searched in theirs."""
     data = Dataset(np.full((6, 8, 8, 1), 0.5), np.zeros(6, np.int32))
