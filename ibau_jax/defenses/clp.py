@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict
 from ibau_jax.defenses.method import method
 from ibau_jax.defenses.run import Job, Rounds, Told
 from ibau_jax.errors import InputError, check_positive
-from ibau_jax.models.normed import changed, normed_layers
+from ibau_jax.models.normed import changed, fed_by, normed_layers
 
 EPSILON = 1e-5  # of batch norm, as in flax and PyTorch
 
@@ -48,7 +48,8 @@ def clp(job: Job) -> Rounds:
     Raises:
       InputError: the model has no convolution with batch norm.
     """
-    layers = [layer for layer in normed_layers(job.variables) if layer.kernel]
+    fed = fed_by(job.model, job.variables, job.clean.images[:1])
+    layers = [layer for layer in normed_layers(job.variables, fed) if layer.kernel]
     if not layers:
         raise InputError(
             "clp cuts channels of convolutions with batch norm: expected a Classifier whose "

@@ -21,7 +21,7 @@ from ibau_jax.defenses.method import method
 from ibau_jax.defenses.run import Job, Rounds, Told, finite
 from ibau_jax.devices.microbatch import accumulate
 from ibau_jax.errors import InputError, check_positive
-from ibau_jax.models.model import Classifier, Params, Variables, needs_flax
+from ibau_jax.models.model import Model, Params, Variables, needs_init
 from ibau_jax.progress import note_of
 from ibau_jax.training.loop import Rows, batches_of, shuffled
 from ibau_jax.unlearning.batches import check_clean
@@ -83,11 +83,11 @@ def dp_sgd(job: Job) -> Rounds:
     comes.
 
     Raises:
-      InputError: there is no training set or it is not as described, or the model is no
-        `Classifier`.
+      InputError: there is no training set or it is not as described, or the model has no
+        `init` (a `Classifier` and a linen module have it).
     """
     model, config, devices = job.model, job.config, job.devices
-    model = needs_flax(model, "dp-sgd", "initialises the network anew")
+    init = needs_init(model, "dp-sgd", "initialises the network anew")
     data = _checked(model, job.variables, job.data.get("train_set"))
     job.advice = (
         f"expected a rate and a noise that the model bears, found {config.rate:g} and "
@@ -97,7 +97,7 @@ def dp_sgd(job: Job) -> Rounds:
     yield job.variables, row
     init_key, noise_key, order_key = jax.random.split(job.key, 3)
     with job.compiling():
-        variables = jax.jit(model.module.init)(init_key, data.images[:1])  # statistics 0 and 1
+        variables = jax.jit(init)(init_key, data.images[:1])  # statistics 0 and 1
     kinds = jax.tree.map(jnp.result_type, job.variables)
     variables = jax.tree.map(np.asarray, variables, kinds)
     count = len(data.labels)
@@ -139,7 +139,7 @@ def dp_sgd(job: Job) -> Rounds:
 
 
 def make_step(
-    model: Classifier,
+    model: Model,
     fixed: Variables,
     config: DPSGD,
     noise: optax.GradientTransformation,
@@ -222,7 +222,7 @@ def epsilon(noise_multiplier: float, sampling_probability: float, steps: int) ->
     return found if np.isfinite(found) else None
 
 
-def _checked(model: Classifier, variables: Variables, train_set: Dataset | None) -> Dataset:
+def _checked(model: Model, variables: Variables, train_set: Dataset | None) -> Dataset:
     """`check_clean` for the training set."""
     if train_set is None:
         raise InputError(

@@ -35,7 +35,8 @@ class NADConfig:
     """Settings of NAD.
 
     Attributes:
-      betas: weight of the attention loss of each map, from the first to the last.
+      betas: weight of the attention loss of each map, from the first to the last; of a model with
+        more maps, of the last so many.
       teacher, student: the two fine-tunings.
       crop: shift images by up to so many pixels (zeros come in).
       flip: mirror half of the images. Right for CIFAR-10; a mirrored traffic sign is another
@@ -98,12 +99,12 @@ def nad(job: Job) -> Rounds:
     A round is an epoch of the student, with its mean `loss`. The teacher is among the `models`.
 
     Raises:
-      InputError: the model is a plain function, or shows other than one map for each of `betas`.
+      InputError: the model is a plain function, or shows fewer maps than there are `betas`.
     """
     model = needs_maps(job.model, "nad", "compares attention maps")
     config, images = job.config, job.clean.images
     shown = jax.eval_shape(lambda v, x: model.look(v, x)[1], job.variables, images[:1])
-    if len(shown) != len(config.betas):
+    if len(shown) < len(config.betas):
         raise InputError(
             f"the model shows {len(shown)} maps: expected {len(config.betas)}, one for each of "
             f"betas {config.betas}; a module shows what it sows (see ibau_jax.models.VGG)"
@@ -141,7 +142,10 @@ def distillation(model: Model, config: NADConfig, axis: str | None, teacher: Any
         if teacher is None:
             return batch_mean(losses, weights, axis), updated
         _, wanted = model.look(teacher, images)
-        for beta, student_map, teacher_map in zip(config.betas, maps, wanted, strict=True):
+        last = slice(len(maps) - len(config.betas), None)  # [-0:] would be all
+        for beta, student_map, teacher_map in zip(
+            config.betas, maps[last], wanted[last], strict=True
+        ):
             gap = attention(student_map) - attention(teacher_map)
             losses += beta * jnp.mean(gap**2, (1, 2))
         return batch_mean(losses, weights, axis), updated

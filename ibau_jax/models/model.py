@@ -84,6 +84,10 @@ class Classifier:
         logits, found = apply(variables, images)
         return logits, _in_order(found)
 
+    def init(self, key: jax.Array, images: jax.Array) -> Variables:
+        """Fresh variables for images like these."""
+        return self.module.init(key, images)
+
     def train(
         self,
         variables: Params,
@@ -161,7 +165,7 @@ def opened(logits: Logits, params: Params) -> tuple[Model, Variables]:
 
 
 def needs_flax(model: Model, defense: str, why: str) -> Classifier:
-    """The user's model, for a defense that cannot do with functions.
+    """The user's model, for a defense that needs an architecture of this package.
 
     Raises:
       InputError: it is no `Classifier`.
@@ -169,6 +173,17 @@ def needs_flax(model: Model, defense: str, why: str) -> Classifier:
     if not isinstance(model, Classifier):
         raise InputError(f"{defense} {why}: {_FLAX}, found {_kind(model)}")
     return model
+
+
+def needs_init(model: Model, defense: str, why: str) -> Callable[[jax.Array, jax.Array], Variables]:
+    """`init(key, images) -> variables` of the user's model, for a defense that begins anew.
+
+    Raises:
+      InputError: it has none.
+    """
+    if not hasattr(model, "init"):
+        raise InputError(f"{defense} {why}: {_FLAX}, found {_kind(model)}")
+    return model.init  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def needs_maps(model: Model, defense: str, why: str) -> Model:
@@ -190,7 +205,9 @@ def _kind(model: Model) -> str:
 
 
 def without_dropout(model: Model) -> Model:
-    """The model whose training drops nothing, where its module has rates (`VGG.dropout`)."""
+    """The model whose training drops nothing, where it knows how (`VGG.dropout`)."""
+    if hasattr(model, "without_dropout"):
+        return model.without_dropout()  # pyright: ignore[reportAttributeAccessIssue]
     if not isinstance(model, Classifier) or not hasattr(model.module, "dropout"):
         return model
     return Classifier(model.module.clone(dropout=tuple(0.0 for _ in model.module.dropout)))

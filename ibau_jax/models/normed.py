@@ -4,9 +4,12 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import flax.linen as nn
+import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from ibau_jax.models.model import Variables
+from ibau_jax.models.adapters.watch import Feeds
+from ibau_jax.models.model import Model, Variables
 
 Path = tuple[str, ...]
 OFFSETS = ("offset", "bias")  # ours, which has a bias of the convolution beside it; flax's
@@ -20,8 +23,9 @@ class Normed(NamedTuple):
       scale, offset: paths in `params`.
       var: path in `batch_stats`.
       channels: how many.
-      kernel: path in `params`: in the same module (`ConvNormELU`), or in that of the same scope
-        and number (`Conv_3` of `BatchNorm_3`) with as many channels; None: not known.
+      kernel: path in `params`: in the same module (`ConvNormELU`), or in that whose output the
+        batch norm is given (`fed_by`), or, where that was not looked for, in that of the same
+        scope and number (`Conv_3` of `BatchNorm_3`) with as many channels; None: not known.
     """
 
     name: str
@@ -32,8 +36,33 @@ class Normed(NamedTuple):
     kernel: Path | None
 
 
-def normed_layers(variables: Variables) -> list[Normed]:
-    """All batch norms with a scale and an offset, in the order of their names and numbers."""
+def fed_by(model: Model, variables: Variables, images: jax.Array) -> dict[Path, Path] | None:
+    """Of each part of a model, the part whose output it is given as it is (their paths).
+
+    None: that cannot be seen.
+    """
+    if hasattr(model, "fed_by"):
+        return model.fed_by(variables, images)  # pyright: ignore[reportAttributeAccessIssue]
+    feeds = Feeds()
+
+    def watch(next_call, args, kwargs, context):
+        if context.method_name != "__call__":
+            return next_call(*args, **kwargs)
+        return feeds(context.module.path, context.module, next_call, args, kwargs)
+
+    with nn.intercept_methods(watch):
+        jax.eval_shape(lambda v, x: model(v, x), variables, images)
+    return feeds.found or None
+
+
+def normed_layers(variables: Variables, fed: Mapping[Path, Path] | None = None) -> list[Normed]:
+    """All batch norms with a scale and an offset, in the order of their names and numbers.
+
+    Args:
+      fed: see `fed_by`; None: it is not known.
+    """
+    if not isinstance(variables["params"], Mapping):
+        return []  # of Equinox, whose batch norms are objects
     params: dict[Path, Any] = flatten_dict(variables["params"])
     found = []
     for path in flatten_dict(variables.get("batch_stats", {})):
@@ -42,7 +71,7 @@ def normed_layers(variables: Variables) -> list[Normed]:
         if path[-1] == "var" and module + ("scale",) in params and offset is not None:
             scale = module + ("scale",)
             channels = params[scale].size
-            kernel = _kernel(params, module, channels)
+            kernel = _kernel(params, module, channels, fed)
             found.append(Normed("/".join(module), scale, offset, path, channels, kernel))
     return sorted(found, key=lambda layer: _natural(layer.name))
 
@@ -53,10 +82,16 @@ def changed(variables: Variables, change: Callable[[dict[Path, Any]], Mapping[Pa
     return {**variables, "params": unflatten_dict({**params, **change(params)})}
 
 
-def _kernel(params: Mapping[Path, Any], module: Path, channels: int) -> Path | None:
+def _kernel(
+    params: Mapping[Path, Any], module: Path, channels: int, fed: Mapping[Path, Path] | None
+) -> Path | None:
     beside = module + ("kernel",)
     if beside in params and params[beside].ndim == 4:
         return beside
+    if fed is not None:
+        kernel = (*fed.get(module, ()), "kernel")
+        fits = kernel in params and params[kernel].ndim == 4
+        return kernel if fits and params[kernel].shape[-1] == channels else None
     number = re.search(r"\d+$", module[-1]) if module else None
     for path, leaf in params.items():
         same = path[:-2] == module[:-1] and path[-1:] == ("kernel",)

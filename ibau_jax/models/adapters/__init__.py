@@ -1,0 +1,1 @@
+"""Models of other libraries, each as a `Model` and its variables."""
