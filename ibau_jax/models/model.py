@@ -1,9 +1,9 @@
 """What every defense is given: a model, and its variables in one form."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import flax.linen as nn
 import jax
@@ -190,7 +190,12 @@ def _kind(model: Model) -> str:
 
 
 def without_dropout(model: Model) -> Model:
-    """The model whose training drops nothing, where its module has rates (`VGG.dropout`)."""
+    """The model whose training drops nothing, where its module has rates (`VGG.dropout`).
+
+    A model of another kind is asked for a field `dropout` (`TorchModel`).
+    """
+    if isinstance(getattr(model, "dropout", None), bool):
+        return cast(Any, replace)(model, dropout=False)
     if not isinstance(model, Classifier) or not hasattr(model.module, "dropout"):
         return model
     return Classifier(model.module.clone(dropout=tuple(0.0 for _ in model.module.dropout)))
