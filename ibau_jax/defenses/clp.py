@@ -62,7 +62,8 @@ def clp(job: Job) -> Rounds:
         new = {}
         for layer in layers:
             deviation = np.sqrt(np.asarray(statistics[layer.var]) + EPSILON)
-            sigma = sensitivity(params[layer.kernel], np.asarray(params[layer.scale]) / deviation)
+            kernel = layer.hwio(params[layer.kernel])
+            sigma = sensitivity(kernel, np.asarray(params[layer.scale]) / deviation)
             high = sigma > sigma.mean() + job.config.threshold * sigma.std()
             cut[layer.name] = np.flatnonzero(high).tolist()
             new |= {path: jnp.where(high, 0, params[path]) for path in (layer.scale, layer.offset)}

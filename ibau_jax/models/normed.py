@@ -12,7 +12,25 @@ from ibau_jax.models.adapters.watch import Feeds
 from ibau_jax.models.model import Model, Variables
 
 Path = tuple[str, ...]
-OFFSETS = ("offset", "bias")  # ours, which has a bias of the convolution beside it; flax's
+
+
+class Names(NamedTuple):
+    """What a library calls the arrays of a batch norm and a kernel, and that as [h, w, in, out].
+
+    Attributes:
+      offsets: any of them.
+    """
+
+    var: str
+    scale: str
+    offsets: tuple[str, ...]
+    kernel: str
+    order: tuple[int, int, int, int]
+
+
+# Our own offset has a bias of the convolution beside it; flax's is called so.
+OURS = Names("var", "scale", ("offset", "bias"), "kernel", (0, 1, 2, 3))
+TORCH = Names("running_var", "weight", ("bias",), "weight", (2, 3, 1, 0))
 
 
 class Normed(NamedTuple):
@@ -26,6 +44,7 @@ class Normed(NamedTuple):
       kernel: path in `params`: in the same module (`ConvNormELU`), or in that whose output the
         batch norm is given (`fed_by`), or, where that was not looked for, in that of the same
         scope and number (`Conv_3` of `BatchNorm_3`) with as many channels; None: not known.
+      names: the library's.
     """
 
     name: str
@@ -34,6 +53,11 @@ class Normed(NamedTuple):
     var: Path
     channels: int
     kernel: Path | None
+    names: Names = OURS
+
+    def hwio(self, kernel: Any) -> Any:
+        """Its kernel as [height, width, in, out]."""
+        return kernel.transpose(self.names.order)
 
 
 def fed_by(model: Model, variables: Variables, images: jax.Array) -> dict[Path, Path] | None:
@@ -67,12 +91,13 @@ def normed_layers(variables: Variables, fed: Mapping[Path, Path] | None = None) 
     found = []
     for path in flatten_dict(variables.get("batch_stats", {})):
         module = path[:-1]
-        offset = next((module + (n,) for n in OFFSETS if module + (n,) in params), None)
-        if path[-1] == "var" and module + ("scale",) in params and offset is not None:
-            scale = module + ("scale",)
-            channels = params[scale].size
-            kernel = _kernel(params, module, channels, fed)
-            found.append(Normed("/".join(module), scale, offset, path, channels, kernel))
+        names = next((names for names in (OURS, TORCH) if path[-1] == names.var), None)
+        if names is None or (scale := module + (names.scale,)) not in params:
+            continue
+        offset = next((module + (n,) for n in names.offsets if module + (n,) in params), None)
+        if offset is not None:
+            layer = Normed("/".join(module), scale, offset, path, params[scale].size, None, names)
+            found.append(layer._replace(kernel=_kernel(params, layer, fed)))
     return sorted(found, key=lambda layer: _natural(layer.name))
 
 
@@ -83,19 +108,23 @@ def changed(variables: Variables, change: Callable[[dict[Path, Any]], Mapping[Pa
 
 
 def _kernel(
-    params: Mapping[Path, Any], module: Path, channels: int, fed: Mapping[Path, Path] | None
+    params: Mapping[Path, Any], layer: Normed, fed: Mapping[Path, Path] | None
 ) -> Path | None:
-    beside = module + ("kernel",)
+    module, name = layer.var[:-1], layer.names.kernel
+
+    def fits(path: Path) -> bool:
+        leaf = params.get(path)
+        return leaf is not None and leaf.ndim == 4 and layer.hwio(leaf).shape[3] == layer.channels
+
+    beside = module + (name,)
     if beside in params and params[beside].ndim == 4:
         return beside
     if fed is not None:
-        kernel = (*fed.get(module, ()), "kernel")
-        fits = kernel in params and params[kernel].ndim == 4
-        return kernel if fits and params[kernel].shape[-1] == channels else None
+        kernel = (*fed.get(module, ()), name)
+        return kernel if fits(kernel) else None
     number = re.search(r"\d+$", module[-1]) if module else None
-    for path, leaf in params.items():
-        same = path[:-2] == module[:-1] and path[-1:] == ("kernel",)
-        if same and leaf.ndim == 4 and leaf.shape[-1] == channels:
+    for path in params:
+        if path[:-2] == module[:-1] and path[-1:] == (name,) and fits(path):
             other = re.search(r"\d+$", "".join(path[-2:-1]))
             if number and other and number[0] == other[0]:
                 return path

@@ -1,1 +1,4 @@
-"""Models of other libraries, each as a `Model` and its variables."""
+"""Models of other libraries as what every defense is given (`models.model.Model`).
+
+Each adapter imports its library only when it is used.
+"""
