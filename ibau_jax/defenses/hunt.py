@@ -128,9 +128,7 @@ class Hunt:
         others = self.stage == 1 and self._other_targets(params)
         again = self.targets if self.several else ()
         still = [
-            label
-            for label, score in self.left.items()
-            if score >= 1 or label in again or (others and label not in self.targets)
+            label for label, score in self.left.items() if score >= 1 or label in again or others
         ]
         if not still or self.stage == self.config.stages:
             return False
