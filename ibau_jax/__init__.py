@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ibau_jax.data import Dataset, load
     from ibau_jax.defenses.ibau import unlearn
     from ibau_jax.defenses.run import Result
+    from ibau_jax.defenses.torch_module import clean_torch
     from ibau_jax.errors import InputError
     from ibau_jax.training.optimizers import SGD, Adam
     from ibau_jax.unlearning.config import IBAUConfig
@@ -25,6 +26,7 @@ __all__ = [
     "IBAUConfig",
     "InputError",
     "Result",
+    "clean_torch",
     "inspect",
     "load",
     "unlearn",
@@ -37,6 +39,7 @@ _HOME = {
     "IBAUConfig": "unlearning.config",
     "InputError": "errors",
     "Result": "defenses.run",
+    "clean_torch": "defenses.torch_module",
     "inspect": "unlearning.evidence",
     "unlearn": "defenses.ibau",
 }

@@ -9,6 +9,7 @@ import safetensors
 from flax.traverse_util import unflatten_dict
 
 from ibau_jax.errors import InputError, first_line
+from ibau_jax.models.checkpoints.names import PREFIXES, STATES, find_state
 from ibau_jax.models.files import (
     FLOATS,
     FORMAT,
@@ -18,10 +19,6 @@ from ibau_jax.models.files import (
     read_tensors,
     short,
 )
-
-# Where people put a state dict, and what wrappers put before its names.
-STATES = ("state_dict", "model_state_dict", "model", "net")
-PREFIXES = ("module.", "_orig_mod.")  # torch.nn.DataParallel, torch.compile
 
 
 def _read_pth(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -41,10 +38,8 @@ def _read_pth(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
             "holds only tensors and plain values (anything else is refused and never executed)"
         ) from error
     state = content
-    while isinstance(state, dict) and (
-        inner := next((state[k] for k in STATES if isinstance(state.get(k), dict)), None)
-    ):
-        state = inner
+    for key in find_state(content, lambda value: _holds_tensors(value, torch.Tensor)) or ():
+        state = state[key]
     places = ", ".join(STATES)
     if not isinstance(state, dict):
         raise InputError(
@@ -70,6 +65,10 @@ def _read_pth(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
             ) from error
     outer = content if isinstance(content, dict) else {}
     return arrays, {k: outer[k] for k in ("acc", "epoch") if type(outer.get(k)) in (int, float)}
+
+
+def _holds_tensors(value: Any, kind: type) -> bool:
+    return isinstance(value, dict) and any(isinstance(v, kind) for v in value.values())
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -103,7 +102,7 @@ def convert_pth(path: str | Path) -> tuple[dict[str, Any], int, dict[str, Any]]:
     Args:
       path: a file that PyTorch wrote, whose tensors are at the top or under one of `STATES`, or
         a safetensors file with the same names (which needs no PyTorch). Names may begin with
-        `PREFIXES`; float16 and bfloat16 become float32.
+        `PREFIXES`; float16 and bfloat16 become float32. See `checkpoints.names`.
 
     Returns:
       Flax variables, the number of classes, and what else the file says (`acc`, `epoch`).

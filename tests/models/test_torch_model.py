@@ -1,11 +1,14 @@
 """A PyTorch module as a model: what it gives, how it is trained, and its weights back."""
 
 import copy
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import on_devices
 
 from ibau_jax.errors import InputError
 from ibau_jax.models.adapters.torch_pass import need_torchax
@@ -161,9 +164,8 @@ def test_the_module_stays_as_it_is():
     model, variables = from_torch(module)
     jax.jit(model.train)(variables, IMAGES, KEY)
     assert module.training and type(module.plain) is torch.Tensor
-    assert all(torch.equal(a, b) for a, b in zip(before.values(), module.state_dict().values()))
-    variables["params"]["layer"]["weight"][:] = 0
-    assert all(torch.equal(a, b) for a, b in zip(before.values(), module.state_dict().values()))
+    variables["params"]["layer"]["weight"][:] = 0  # no view of the module's memory
+    assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
 
 
 def test_derivatives_are_torchs():
@@ -241,6 +243,39 @@ def test_dropout_is_drawn_from_the_key():
     share = np.mean(dropped == 0)
     assert 0.15 < share < 0.35
     np.testing.assert_allclose(dropped[dropped > 0], (given_values / 0.75)[dropped > 0], rtol=1e-5)
+
+
+ON_TWO_DEVICES = """
+import jax, numpy as np
+from test_torch_model import IMAGES, KEY, nn, resnet
+from ibau_jax.devices.mesh import devices
+from ibau_jax.models.adapters.torch_model import from_torch
+
+model, variables = from_torch(nn.Sequential(nn.Dropout(0.3), resnet()))
+found = []
+for number, mapping in ((1, "pmap"), (2, "pmap"), (2, "shard_map")):
+    on = devices(number, mapping)
+
+    def trained(variables, images, weights):
+        logits, _, others = model.train(variables, images, KEY, weights, on.axis)
+        return others
+
+    rows = lambda i: on.numbers(i, 4 // number)
+    images = on.share(lambda i: IMAGES[rows(i)])
+    weights = on.share(lambda i: np.float32([1 / 3, 1 / 3, 1 / 3, 0])[rows(i)])
+    program = on.program(trained, rows=(1, 2))
+    found.append(on.one(program(on.replicate(variables), images, weights)))
+for other in found[1:]:
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), other, found[0])
+"""
+
+
+def test_statistics_and_dropout_are_those_of_the_whole_batch():
+    """On one device and on two, by either mapping."""
+    done = subprocess.run(
+        [sys.executable, "-c", ON_TWO_DEVICES], env=on_devices(2), capture_output=True, text=True
+    )
+    assert not done.returncode, done.stderr
 
 
 def test_half_precision_is_computed_in_single_and_cast_back():
@@ -355,32 +390,28 @@ def test_torch_is_left_as_it_was():
     assert torch.backends.mha.get_fastpath_enabled()
 
 
-def test_batch_norms_and_their_convolutions_are_found():
-    """What a hook says of the order in which they run."""
-    for make in (TinyResNet, PreActNet):
-        module, made, pairs = seeded(make), {}, {}
-        for name, one in module.named_modules():
-            if isinstance(one, nn.Conv2d):
-                one.register_forward_hook(
-                    lambda m, i, o, name=name: made.update({id(o): (name, o)})
-                )
-            elif isinstance(one, nn.BatchNorm2d):
-                one.register_forward_pre_hook(
-                    lambda m, i, name=name: pairs.update({name: made.get(id(i[0]), (None,))[0]})
-                )
-        logits_of(module)
-        model, variables = from_torch(module.requires_grad_())
-        fed = fed_by(model, variables, IMAGES[:1])
-        layers = normed_layers(jax.tree.map(np.asarray, variables), fed)
-        found = {
-            ".".join(layer.scale[:-1]): layer.kernel and ".".join(layer.kernel[:-1])
-            for layer in layers
-        }
-        assert found == pairs
-        for layer in layers:
-            if layer.kernel:
-                kernel = module.get_parameter(".".join(layer.kernel))
-                assert layer.hwio(kernel.detach().numpy()).shape[::3] == (
-                    kernel.shape[2],
-                    layer.channels,
-                )
+@pytest.mark.parametrize("make", [TinyResNet, PreActNet])
+def test_batch_norms_and_their_convolutions_are_found(make):
+    """What hooks say of the order in which they run."""
+    module, made, pairs = seeded(make), {}, {}
+    for name, one in module.named_modules():
+        if isinstance(one, nn.Conv2d):
+            one.register_forward_hook(lambda m, i, o, name=name: made.update({id(o): (name, o)}))
+        elif isinstance(one, nn.BatchNorm2d):
+            one.register_forward_pre_hook(
+                lambda m, i, name=name: pairs.update({name: made.get(id(i[0]), (None,))[0]})
+            )
+    logits_of(module)
+    model, variables = from_torch(module)
+    layers = normed_layers(variables, fed_by(model, variables, IMAGES[:1]))
+    kernels = {".".join(layer.scale[:-1]): layer.kernel for layer in layers}
+    assert {name: path and ".".join(path[:-1]) for name, path in kernels.items()} == pairs
+    for layer in layers:
+        if layer.kernel:
+            kernel = module.get_parameter(".".join(layer.kernel)).detach().numpy()
+            outputs, inputs, *size = kernel.shape
+            assert layer.hwio(kernel).shape == (
+                *size,
+                inputs,
+                layer.channels == outputs and outputs,
+            )

@@ -215,8 +215,10 @@ def to_state_dict(
     torch = need_torch()
     named = {n: v for tree in variables.values() for n, v in _flat(tree).items()}
     prefix = prefix_of(original, named)
-    lacking = [n for n in _flat(variables["params"]) if prefix + n not in original]
     others = {prefix + a: b for a, b in tied} | _shared(original, prefix, named)
+    there = {key.removeprefix(prefix) for key in original}
+    there |= {b for a, b in others.items() if a in original}
+    lacking = [name for name in _flat(variables["params"]) if name not in there]
     if lacking:
         raise InputError(
             f"the state dict has no {prefix + lacking[0]!r}: expected that of the module which the "

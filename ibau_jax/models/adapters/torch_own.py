@@ -119,16 +119,17 @@ def outcome(found: Any) -> jax.Array:
       InputError: there are none.
     """
     torch = need_torch()
-    given = found
+    given: Any = found
     if isinstance(found, dict):
         found = found.get("logits", found)
     elif not isinstance(found, torch.Tensor):
         found = getattr(found, "logits", found)
     if isinstance(found, tuple | list) and found:
         found = found[0]
-    if not isinstance(found, torch.Tensor):
+    logits: Any = found
+    if not isinstance(logits, torch.Tensor):
         raise InputError(
             f"the module gives {type(given).__name__}: expected logits [N, classes], or an object "
             "that has them as 'logits'"
         )
-    return found.jax()
+    return logits.jax()

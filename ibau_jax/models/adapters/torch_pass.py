@@ -78,6 +78,7 @@ class Pass:
       axis: the mapped axis of the devices.
       dropout: whether it drops.
       draws: masks drawn so far.
+      places: of the rows in the whole batch, [rows]; width: of the axis; both set by `running`.
     """
 
     rows: int
@@ -86,6 +87,8 @@ class Pass:
     axis: str | None = None
     dropout: bool = True
     draws: int = 0
+    places: Any = None
+    width: int = 1
 
     def batch_norm(
         self, x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1,
@@ -120,7 +123,7 @@ class Pass:
             weights = jnp.repeat(weights / parts, parts).astype(x.dtype)
             real = weights > 0
         else:
-            weights = jnp.full(len(x), 1 / (len(x) * mesh.width(self.axis)), x.dtype)
+            weights = jnp.full(len(x), 1 / (len(x) * self.width), x.dtype)
 
         def mean(values):
             return mesh.total(jnp.tensordot(weights, values.mean(places), 1), self.axis)
@@ -138,10 +141,11 @@ class Pass:
         self.draws += 1
         key, shape = jax.random.fold_in(self.key, self.draws), x.shape
         if shape[0] == self.rows:  # the mask of the whole batch, of which these rows are ours
-            whole = (len(x) * mesh.width(self.axis), *shape[1:])
-            keep = jax.random.bernoulli(key, 1 - p, whole)[mesh.numbers(len(x), self.axis)]
+            whole = (len(x) * self.width, *shape[1:])
+            keep = jax.random.bernoulli(key, 1 - p, whole)[self.places]
         else:
-            keep = jax.random.bernoulli(_own(key, self.axis), 1 - p, tuple(shape))
+            own = jax.random.fold_in(key, self.places[0])
+            keep = jax.random.bernoulli(own, 1 - p, tuple(shape))
         values = jnp.where(keep, x.jax() / (1 - p), 0) if p < 1 else jnp.zeros_like(x.jax())
         return x.copy_(_wrap(values)) if inplace else _wrap(values)
 
@@ -152,7 +156,11 @@ def running(this: Pass) -> Iterator[None]:
     torch, env = need_torch(), environment()
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    key = None if this.key is None else _own(jax.random.fold_in(this.key, 0), this.axis)
+    # What asks for the axis is asked before: the constants that are computed inside know of none.
+    this.places, this.width = mesh.numbers(this.rows, this.axis), mesh.width(this.axis)
+    key = this.key if this.key is None else jax.random.fold_in(this.key, 0)
+    if key is not None and this.axis is not None:
+        key = jax.random.fold_in(key, this.places[0])
     seed = contextlib.nullcontext() if key is None else env.override_property(prng=key)
     try:
         with torch.no_grad(), jax.ensure_compile_time_eval(), seed, env, _mode(this):
@@ -194,11 +202,6 @@ def _resize(method: str, x: Any, output_size: Any = None, *_: Any, **__: Any) ->
 
 def _wrap(values: jax.Array) -> Any:
     return environment().j2t_iso(values)
-
-
-def _own(key: jax.Array, axis: str | None) -> jax.Array:
-    """A key of each device's own."""
-    return key if axis is None else jax.random.fold_in(key, lax.axis_index(axis))
 
 
 def _mode(this: Pass) -> Any:

@@ -48,8 +48,8 @@ def write_checkpoint(path: str | Path, container: Container, state: Mapping[str,
         form = f"{', '.join([*names, 'model'])}" if names else "the state dict alone"
         told = [f"{container.path!r} holds {what}, which are not written back: the file has {form}"]
     try:
-        with atomic_path(path) as temporary:
-            torch.save(content, temporary)
+        with atomic_path(path) as temporary, temporary.open("wb") as file:
+            torch.save(content, file)  # which refuses some names of files
     except (OSError, RuntimeError) as error:
         raise InputError(f"cannot write {str(path)!r}: {str(error).splitlines()[0]}") from error
     return "; ".join(told)
