@@ -101,7 +101,7 @@ def cifar10(path: Path | None, count: int) -> tuple[Dataset, Dataset]:
 def badnets(settings: Settings):
     """The zoo's model, its logits, and the data."""
     model = load_model(ZOO / "cifar10-badnets.safetensors")
-    logits = evaluation_logits(model.classifier.module, model.variables)
+    logits = evaluation_logits(model.module, model.variables)
     return model, logits, *cifar10(settings.data, settings.images)
 
 

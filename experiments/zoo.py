@@ -60,7 +60,7 @@ def prepare_file(path: Path) -> Prepared:
     """A model that is not of the zoo."""
     model = load_model(path)
     given = jax.tree.map(np.asarray, model.variables["params"])
-    logits = evaluation_logits(model.classifier.module, model.variables)
+    logits = evaluation_logits(model.module, model.variables)
     measure = evaluator(logits, load(model.dataset, "test[5000:7000]"), model.attacks)
     return Prepared(model, given, logits, measure)
 

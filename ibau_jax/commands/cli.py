@@ -27,14 +27,18 @@ from ibau_jax.commands.options import (
     ATTACK_NAMES,
     DATASET_NAMES,
     DEFENSE_NAMES,
+    IN_THE_FILE,
+    OURS,
     OWN_IMAGES,
     AsJson,
     DataDir,
     DataName,
     Machines,
+    Measured,
     NoLabels,
     NumDevices,
     OwnImages,
+    OwnModel,
     OwnScenario,
     Seed,
     Target,
@@ -169,6 +173,7 @@ def inspect(
     ] = None,
     no_labels: NoLabels = False,
     images: OwnImages = AS_STORED,
+    own: OwnModel = OURS,
     seed: Seed = 0,
     out: Annotated[
         Path | None, arg(help="folder of report.html; default: runs/MODEL-inspect-seedN")
@@ -194,6 +199,7 @@ def inspect(
         clean=clean,
         no_labels=no_labels,
         images=images,
+        own=own,
         seed=seed,
         out=out,
         data_dir=data_dir,
@@ -211,18 +217,8 @@ def evaluate(
         str | None, arg(help=f"images to measure by: a split, as 'test[5000:]', {OWN_IMAGES}")
     ] = None,
     images: OwnImages = AS_STORED,
-    attack: Annotated[
-        str | None,
-        arg(
-            help="default: those in the model's file; the label rule is the model's own (of a "
-            "clean model: the paper's)"
-        ),
-    ] = None,
-    scenario: OwnScenario = None,
-    target: Target = None,
-    trigger: TriggerFile = None,
-    trigger_rule: TriggerRule = None,
-    trigger_mask: TriggerMask = None,
+    own: OwnModel = OURS,
+    measured: Measured = IN_THE_FILE,
     seed: Seed = 0,
     data_dir: DataDir = None,
     json: AsJson = False,
@@ -236,13 +232,11 @@ def evaluate(
         dataset=dataset,
         split=split,
         images=images,
+        own=own,
+        measured=measured,
         data_dir=data_dir,
         progress=True,
         on_note=note,
-        attack=attack,
-        scenario=scenario,
-        target=target,
-        **trigger_options(trigger, trigger_rule, trigger_mask),
     )
     finish(found, json)
 
@@ -274,6 +268,8 @@ def defend(
         ),
     ] = None,
     images: OwnImages = AS_STORED,
+    own: OwnModel = OURS,
+    measured: Measured = IN_THE_FILE,
     rounds: Annotated[int | None, arg(help="passes over the clean set; default: preset's")] = None,
     poison_ratio: Annotated[
         float | None,
@@ -303,6 +299,8 @@ def defend(
         rounds=rounds,
         poison_ratio=poison_ratio,
         images=images,
+        own=own,
+        measured=measured,
         seed=seed,
         out=out,
         data_dir=data_dir,

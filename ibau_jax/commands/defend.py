@@ -10,14 +10,16 @@ import numpy as np
 import optax
 
 from ibau_jax.attacks import described
-from ibau_jax.commands.options import AS_STORED, OwnImages
+from ibau_jax.commands.attack_options import measured_attacks
+from ibau_jax.commands.options import AS_STORED, IN_THE_FILE, OURS, Measured, OwnImages, OwnModel
+from ibau_jax.commands.own_model import open_model
 from ibau_jax.data import Dataset, check_accuracy, load_both, note_missing
 from ibau_jax.defenses import find, with_rounds
 from ibau_jax.defenses.run import Result
 from ibau_jax.devices import mesh, processes
 from ibau_jax.errors import InputError
 from ibau_jax.files import make_folder
-from ibau_jax.models.files import load_model, save_model
+from ibau_jax.models.files import save_model
 from ibau_jax.models.predict import predict
 from ibau_jax.models.stored import StoredModel
 from ibau_jax.results.metrics import Metrics, defense_effectiveness, evaluator
@@ -52,6 +54,8 @@ def defend(
     rounds: int | None = None,
     poison_ratio: float | None = None,
     images: OwnImages = AS_STORED,
+    own: OwnModel = OURS,
+    measured: Measured = IN_THE_FILE,
     seed: int = 0,
     out: str | Path | None = None,
     data_dir: str | Path | None = None,
@@ -72,6 +76,8 @@ def defend(
       poison_ratio: of the training set, for a defense that trains on it; None: as the model's
         file says.
       images: how a folder or a file of the user's own is read.
+      measured: the attack to measure the ASR of; a defense does not see it.
+      own: code of the user's own that `model` are the weights for.
       num_devices: how many to compute on; None: all.
       on_note: called with a line for the user, where something is worth knowing.
 
@@ -79,7 +85,7 @@ def defend(
       The JSON of `ibau defend`; the folder holds `cleaned.safetensors`, `rows.jsonl`,
       `report.npz`, `report.html`, and where triggers were found their pictures.
     """
-    stored = load_model(model)
+    stored, back = open_model(model, own, dataset, images.image_size)
     reader = stored.reader(
         dataset,
         **vars(images),
@@ -94,6 +100,7 @@ def defend(
             "the training set (dp-sgd) and a model with an attack in its file; leave it out",
             argument="poison_ratio",
         )
+    attacks = measured_attacks(stored, name, measured)
     if rounds is not None:
         config = with_rounds(config, rounds)
     given, other = load_both(clean, split, reader, labelled=not no_labels, seed=seed)
@@ -112,6 +119,7 @@ def defend(
     out = Path(out or Path("runs") / f"{Path(model).stem}-{defense}-{preset}-seed{seed}")
     if first:
         make_folder(out, "out")
+    weights = out / (CLEANED if back is None else f"cleaned{back.suffix}")
     notes += _about_batches(config, len(clean_set.labels), len(devices.all))
     if found.train_set and clean is not None:
         notes.append(
@@ -129,8 +137,10 @@ def defend(
                 "how much of it was poisoned: give a model file made by `ibau train`, or the ratio",
                 argument="poison_ratio",
             )
-    measure = evaluator(stored.classifier, held_out, stored.attacks)
-    about = described(stored.attacks)
+    if back:
+        attacks = measured_attacks(stored, name, measured, clean_set.images.shape[1:])
+    measure = evaluator(stored.classifier, held_out, attacks)
+    about = described(attacks)
     names = given.classes or other.classes
     of_images = {"clean": given.name, "split": other.name} | ({"classes": names} if names else {})
     common: Json = {
@@ -150,6 +160,7 @@ def defend(
         "versions": versions(),
         "model_hash": stored.hash,
         "config": _settings(config),
+        **({"own": stored.info["own"]} if back else {}),
     }
     run = found.method.run(
         stored.classifier,
@@ -161,12 +172,12 @@ def defend(
         devices=devices,
         **more,
     )
-    measured: list[Metrics] = []
+    metrics: list[Metrics] = []
     rows: list[Json] = []
     for record in run:
-        measured.append(measure(record.params))
-        record.row.update(measured[-1].row())
-        der = defense_effectiveness(measured[0], measured[-1]) if rows else None
+        metrics.append(measure(record.params))
+        record.row.update(metrics[-1].row())
+        der = defense_effectiveness(metrics[0], metrics[-1]) if rows else None
         rows.append({**common, **record.row, "der": der})
         if first:
             write_rows(out / PARTIAL, rows)
@@ -181,21 +192,24 @@ def defend(
     if first:
         used = {"defense": defense, "preset": preset, "seed": seed}
         variables = jax.tree.map(np.asarray, result.params)
-        cleaned = replace(stored, variables=variables, info={**stored.info, "cleaned_by": used})
-        save_model(out / CLEANED, cleaned)
-        write_pictures(out, _pictures(stored, result, held_out))
+        if back is None:
+            info = {**stored.info, "cleaned_by": used}
+            save_model(weights, replace(stored, variables=variables, info=info))
+        elif differs := back.write(weights, variables):
+            on_note(differs)
+        write_pictures(out, _pictures(replace(stored, attacks=attacks), result, held_out))
         write_rows(out / ROWS, rows)
         (out / PARTIAL).unlink(missing_ok=True)
         write_report(out)
     keys = ("round", "acc", "asr", "asr_excl", "ra", "delta_norm", "seconds")
     return {
-        "before": measured[0].row(),
-        "after": measured[-1].row(),
+        "before": metrics[0].row(),
+        "after": metrics[-1].row(),
         "der": rows[-1]["der"],
         "rounds": [{k: row.get(k) for k in keys} for row in rows[1:]],
         "seconds": result.seconds,
         "compile_seconds": result.compile_seconds,
-        "model": str(out / CLEANED),
+        "model": str(weights),
         "report": str(out / HTML),
         **flagged,
         "diagnostics": told,

@@ -7,10 +7,10 @@ from typing import Any
 
 import jax
 
-from ibau_jax.commands.options import AS_STORED, OwnImages
+from ibau_jax.commands.options import AS_STORED, OURS, OwnImages, OwnModel
+from ibau_jax.commands.own_model import open_model
 from ibau_jax.data import check_accuracy, load_given, note_missing
 from ibau_jax.files import make_folder
-from ibau_jax.models.files import load_model
 from ibau_jax.results.inspection import write_inspection
 from ibau_jax.results.rows import HTML
 from ibau_jax.unlearning.batches import UNTARGETED
@@ -26,6 +26,7 @@ def inspect_model(
     seed: int = 0,
     out: str | Path | None = None,
     images: OwnImages = AS_STORED,
+    own: OwnModel = OURS,
     data_dir: str | Path | None = None,
     progress: bool = False,
     on_note: Callable[[str], None] = lambda text: None,
@@ -37,9 +38,10 @@ def inspect_model(
       no_labels: the labels of the clean images are those that the model gives them.
       out: folder of `report.html`.
       images: how a folder or a file of the user's own is read.
+      own: code of the user's own that `model` are the weights for.
       on_note: called with a line for the user, where something is worth knowing.
     """
-    stored = load_model(model)
+    stored, _ = open_model(model, own, dataset, images.image_size)
     clean = clean or stored.data_info(dataset).clean
     reader = stored.reader(
         dataset,

@@ -37,7 +37,9 @@ OwnScenario = Annotated[
         "model's own, else one-target"
     ),
 ]
-TriggerFile = Annotated[Path | None, arg(help="picture of a trigger, 32x32")]
+TriggerFile = Annotated[
+    Path | None, arg(help="picture of a trigger, as large as the images (32x32)")
+]
 TriggerRule = Annotated[
     str | None,
     arg(
@@ -81,6 +83,65 @@ class OwnImages:
 
 
 AS_STORED = OwnImages()
+
+
+@dataclass(frozen=True)
+class Measured:
+    """An attack to measure the ASR of; default: those in the model's file."""
+
+    attack: Annotated[
+        str | None,
+        arg(
+            help="by name; the label rule is the model's own (of a clean model: the paper's). Of a "
+            "model of your own: badnets or blend with --target, or any name for --trigger"
+        ),
+    ] = None
+    scenario: OwnScenario = None
+    target: Target = None
+    trigger: TriggerFile = None
+    trigger_rule: TriggerRule = None
+    trigger_mask: TriggerMask = None
+    trigger_at: Annotated[
+        str | None,
+        arg(
+            help="X,Y of the left upper corner of the picture in the images, where it is smaller; "
+            "the rule is then replace by default (models of your own)"
+        ),
+    ] = None
+
+
+IN_THE_FILE = Measured()
+CODE = "package.module:Name or file.py:Name, called with --model-args"
+
+
+@dataclass(frozen=True)
+class OwnModel:
+    """A model of your own: weights by --model, and its code, which is imported and run."""
+
+    torch: Annotated[
+        str | None,
+        arg(
+            help=f"a torch.nn.Module: {CODE}; or torchvision:NAME, timm:NAME, transformers:NAME "
+            "(needs the extra 'torch')"
+        ),
+    ] = None
+    linen: Annotated[str | None, arg(help=f"a flax.linen module: {CODE}")] = None
+    nnx: Annotated[str | None, arg(help=f"a flax.nnx module: {CODE}")] = None
+    equinox: Annotated[str | None, arg(help=f"an Equinox module: {CODE}")] = None
+    model_args: Annotated[
+        str | None, arg(help="keyword arguments as JSON, such as '{\"num_classes\": 10}'")
+    ] = None
+    mean: Annotated[
+        str | None,
+        arg(
+            help="R,G,B of images in [0, 1], where the model wants normalised ones; perturbations "
+            "lie in front of the normalisation"
+        ),
+    ] = None
+    std: Annotated[str | None, arg(help="R,G,B, as --mean")] = None
+
+
+OURS = OwnModel()
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict
 from ibau_jax.attacks import Attack, Network, poison_all
 from ibau_jax.data import DATASETS, DataInfo, Dataset, Reader, data_info, load
 from ibau_jax.errors import InputError
-from ibau_jax.models.model import Classifier
+from ibau_jax.models.model import Classifier, Model
 from ibau_jax.models.predict import predict
 from ibau_jax.models.vgg import build
 
@@ -32,6 +32,8 @@ class StoredModel:
       dataset: the data set it was trained on.
       attacks: those on it, as far as they are known.
       info: anything else, JSON values (seed, epochs, versions, where it came from).
+      model: of another architecture, what is called with `variables`; None: the architecture.
+      shape: of the images that it reads, height, width and channels; None: any.
     """
 
     variables: dict[str, Any]
@@ -40,18 +42,28 @@ class StoredModel:
     dataset: str
     attacks: tuple[Attack, ...] = ()
     info: dict[str, Any] = field(default_factory=dict)
+    model: Model | None = None
+    shape: tuple[int | None, int | None, int] = IMAGE
 
     @property
-    def classifier(self) -> Classifier:
+    def classifier(self) -> Model:
         """The network, to be called with `variables`."""
-        return Classifier(build(self.architecture, self.num_classes))
+        return self.model or Classifier(self.module)
+
+    @property
+    def module(self) -> Any:
+        """The flax module of the architecture."""
+        return build(self.architecture, self.num_classes)
 
     @property
     def network(self) -> Network:
         """Features and last layer apart, in evaluation mode, for triggers that are optimised."""
-        module, last = self.classifier.module, self.variables["params"]["classifier"]
+        module, last = (
+            build(self.architecture, self.num_classes),
+            self.variables["params"]["classifier"],
+        )
 
-        def features(images: jax.Array) -> jax.Array:
+        def features(images: jax.Array) -> Any:
             return module.apply(self.variables, images, features=True)
 
         return Network(features, jnp.asarray(last["kernel"]), jnp.asarray(last["bias"]))
@@ -60,7 +72,7 @@ class StoredModel:
     def hash(self) -> str:
         """First 16 hex digits of a SHA-256 over names and weights, whatever else is in the file."""
         digest = hashlib.sha256()
-        for name, value in sorted(flat(self.variables).items()):
+        for name, value in sorted(named(self.variables).items()):
             digest.update(name.encode())
             digest.update(np.ascontiguousarray(value, np.float32).tobytes())
         return digest.hexdigest()[:16]
@@ -95,7 +107,7 @@ class StoredModel:
         """
         known = dataset is not None or self.dataset in DATASETS
         info = self.data_info(dataset) if known else None
-        return Reader(self.num_classes, IMAGE, info, **options)
+        return Reader(self.num_classes, self.shape, info, **options)
 
     def relabelled(self, data: Dataset) -> Dataset:
         """The same images with the labels that the model gives them."""
@@ -119,6 +131,12 @@ class StoredModel:
         data = load(info.name, "train", data_dir)
         attacks = self.attacks * self.info.get("copies", 1)
         return poison_all(data, attacks, ratio or 0.0, self.info.get("seed", 0))[0]
+
+
+def named(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """`flat`, also of variables that are no dicts inside (Equinox)."""
+    leaves = jax.tree_util.tree_leaves_with_path(dict(variables))
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def flat(variables: Mapping[str, Any]) -> dict[str, Any]:
