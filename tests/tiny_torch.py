@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+torch.set_num_threads(1)  # the workers are as many as cores, and threads would wait for each other
+
 
 class Block(nn.Module):
     """Two convolutions with batch norm, and a shortcut (as kuangliu's and torchvision's)."""
