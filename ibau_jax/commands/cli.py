@@ -20,6 +20,7 @@ import tyro
 from tyro.conf import Positional, arg
 
 from ibau_jax.commands.options import (
+    ARCHITECTURE_NAMES,
     ATTACK_NAMES,
     DATASET_NAMES,
     DEFENSE_NAMES,
@@ -109,6 +110,7 @@ def train(
     trigger: TriggerFile = None,
     trigger_rule: TriggerRule = None,
     trigger_mask: TriggerMask = None,
+    architecture: Annotated[str, arg(help=ARCHITECTURE_NAMES)] = "vgg",
     preset: Annotated[str, arg(help="cpu (few epochs) or paper (section A.3)")] = "cpu",
     epochs: Annotated[
         int | None,
@@ -133,6 +135,7 @@ def train(
     join(coordinator, num_processes, process_id)
     options = {
         "poison_ratio": poison_ratio,
+        "architecture": architecture,
         "preset": preset,
         "epochs": epochs,
         "copies": copies,

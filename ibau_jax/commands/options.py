@@ -17,6 +17,8 @@ from ibau_jax.errors import InputError
 DATASET_NAMES = ", ".join(DATASETS)
 DEFENSE_NAMES = ", ".join(DEFENSES)
 ATTACK_NAMES = ", ".join(ATTACKS)
+# Of `models.architectures`, which imports JAX.
+ARCHITECTURE_NAMES = "vgg, preact-resnet18, preact-resnet18-16, vit-tiny, vit-mini"
 
 DataDir = Annotated[
     Path | None,
