@@ -26,9 +26,9 @@ from published_models import import_model
 
 from ibau_jax import IBAUConfig, load, unlearn
 from ibau_jax.hypergradient import CG, Direct, Neumann, NormalCG
+from ibau_jax.models.architectures import build
 from ibau_jax.models.files import load_model
 from ibau_jax.models.model import evaluation_logits
-from ibau_jax.models.vgg import build
 from ibau_jax.results.metrics import evaluator
 
 RESULTS = FOLDER / "ablation.jsonl"

@@ -27,9 +27,9 @@ from published_models import MODELS
 from ibau_jax import IBAUConfig, load
 from ibau_jax.hypergradient import Direct, Neumann, NormalCG, hypergradient
 from ibau_jax.hypergradient.solvers import arnoldi
+from ibau_jax.models.architectures import build
 from ibau_jax.models.model import evaluation_logits
 from ibau_jax.models.torch_import import convert_pth
-from ibau_jax.models.vgg import build
 from ibau_jax.results.rows import write_rows
 from ibau_jax.unlearning.batches import make_batches, resolve
 from ibau_jax.unlearning.ibau import ibau

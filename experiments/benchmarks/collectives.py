@@ -45,8 +45,8 @@ def messages(batch_size: int) -> tuple[list[int], list[int], int]:
 
     from ibau_jax import Dataset, IBAUConfig
     from ibau_jax.devices.mesh import devices
+    from ibau_jax.models.architectures import build
     from ibau_jax.models.model import evaluation_logits
-    from ibau_jax.models.vgg import build
     from ibau_jax.unlearning.batches import make_batches, resolve
     from ibau_jax.unlearning.ibau import ibau
 

@@ -47,8 +47,8 @@ def one(settings: Settings, method: str, steps: int) -> dict:
     import jax.numpy as jnp
 
     from ibau_jax.hypergradient import NormalCG, hypergradient, unrolled
+    from ibau_jax.models.architectures import build
     from ibau_jax.models.model import evaluation_logits
-    from ibau_jax.models.vgg import build
     from ibau_jax.unlearning.batches import Batch
     from ibau_jax.unlearning.objective import make_inner, make_loss
 

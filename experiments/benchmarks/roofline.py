@@ -55,8 +55,8 @@ def measure(settings: Settings) -> list[dict]:
     import jax.numpy as jnp
 
     from ibau_jax.hypergradient import Direct, Neumann, hypergradient
+    from ibau_jax.models.architectures import build
     from ibau_jax.models.model import evaluation_logits
-    from ibau_jax.models.vgg import build
     from ibau_jax.unlearning.batches import Batch, resolve
     from ibau_jax.unlearning.objective import make_inner, make_loss
 

@@ -27,9 +27,9 @@ import tyro
 
 from ibau_jax import IBAUConfig, load, unlearn
 from ibau_jax.attacks import Attack, badnets_square
+from ibau_jax.models.architectures import build
 from ibau_jax.models.model import evaluation_logits
 from ibau_jax.models.torch_import import convert_pth
-from ibau_jax.models.vgg import build
 from ibau_jax.results.metrics import evaluator
 from ibau_jax.results.rows import write_rows
 

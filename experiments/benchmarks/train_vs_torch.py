@@ -40,8 +40,8 @@ def ours(
     import jax
     import jax.numpy as jnp
 
+    from ibau_jax.models.architectures import build
     from ibau_jax.models.model import Classifier
-    from ibau_jax.models.vgg import build
     from ibau_jax.training.loop import Rows, TrainState, cross_entropy, make_step
     from ibau_jax.training.train import TrainConfig
 

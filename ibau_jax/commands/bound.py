@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from ibau_jax.data import load
+from ibau_jax.errors import InputError
 from ibau_jax.models.files import load_model
 from ibau_jax.models.model import of_params
 from ibau_jax.unlearning.batches import make_batches, resolve, shuffled
@@ -28,6 +29,12 @@ def bound(
 ) -> dict[str, Any]:
     """Theorem 3 on a model: every term, at the perturbation that the untargeted ascent finds."""
     loaded = load_model(model)
+    if loaded.architecture != "vgg":
+        raise InputError(
+            f"the model {str(model)!r} is a {loaded.architecture}: expected a vgg, since the bound "
+            "is of networks whose layers follow each other",
+            argument="model",
+        )
     info = loaded.data_info(dataset)
     data = load(info.name, clean or info.clean, data_dir)
     logits, params = of_params(loaded.classifier, loaded.variables), loaded.variables["params"]

@@ -23,6 +23,7 @@ from tyro.conf import Positional, arg
 from ibau_jax.commands.compiled import keep_programs
 from ibau_jax.commands.options import (
     ALONE,
+    ARCHITECTURE_NAMES,
     AS_STORED,
     ATTACK_NAMES,
     DATASET_NAMES,
@@ -115,6 +116,7 @@ def train(
     trigger: TriggerFile = None,
     trigger_rule: TriggerRule = None,
     trigger_mask: TriggerMask = None,
+    architecture: Annotated[str, arg(help=ARCHITECTURE_NAMES)] = "vgg",
     preset: Annotated[str, arg(help="cpu (few epochs) or paper (section A.3)")] = "cpu",
     epochs: Annotated[
         int | None,
@@ -137,6 +139,7 @@ def train(
     join(machines)
     options = {
         "poison_ratio": poison_ratio,
+        "architecture": architecture,
         "preset": preset,
         "epochs": epochs,
         "copies": copies,

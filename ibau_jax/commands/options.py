@@ -11,12 +11,13 @@ from typing import Annotated, Any
 
 from tyro.conf import arg
 
-from ibau_jax.commands.names import ATTACKS, DATASETS, DEFENSES
+from ibau_jax.commands.names import ARCHITECTURES, ATTACKS, DATASETS, DEFENSES
 from ibau_jax.errors import InputError
 
 DATASET_NAMES = ", ".join(DATASETS)
 DEFENSE_NAMES = ", ".join(DEFENSES)
 ATTACK_NAMES = ", ".join(ATTACKS)
+ARCHITECTURE_NAMES = ", ".join(ARCHITECTURES)
 
 DataDir = Annotated[
     Path | None,

@@ -15,10 +15,10 @@ from ibau_jax.devices import mesh, processes
 from ibau_jax.devices.mesh import Devices
 from ibau_jax.errors import InputError, check_name
 from ibau_jax.files import make_folder
+from ibau_jax.models.architectures import ARCHITECTURES, build
 from ibau_jax.models.files import MAX_COPIES, save_model, triggers_of
 from ibau_jax.models.model import Classifier
 from ibau_jax.models.stored import StoredModel
-from ibau_jax.models.vgg import build
 from ibau_jax.results.metrics import evaluator
 from ibau_jax.results.rows import versions
 from ibau_jax.training.states import Checkpoints, check_states
@@ -30,6 +30,7 @@ def check_options(
     dataset: str,
     *,
     poison_ratio: float | None = None,
+    architecture: str = "vgg",
     preset: str = "cpu",
     epochs: int | None = None,
     copies: int = 1,
@@ -51,6 +52,7 @@ def check_options(
       InputError: says what was expected, what was found and what to do.
     """
     data_info(dataset)
+    check_name("architecture", architecture, ARCHITECTURES)
     check_name("preset", preset, PRESETS)
     config = PRESETS[preset](dataset)
     if epochs is not None:
@@ -74,7 +76,7 @@ def check_options(
     if processes.is_first():
         make_folder(Path(out).parent, "out")
     if keep_states and jax.process_count() == 1:
-        known = settings_of(dataset, config, poison_ratio, copies, seed, clean)
+        known = settings_of(dataset, architecture, config, poison_ratio, copies, seed, clean)
         if epochs is None:
             known.pop("epochs")  # they depend on the attacks
         check_states(states_folder(out), known, resume)
@@ -92,6 +94,7 @@ def states_folder(out: str | Path) -> Path:
 
 def settings_of(
     dataset: str,
+    architecture: str,
     config: TrainConfig,
     poison_ratio: float | None,
     copies: int,
@@ -104,6 +107,8 @@ def settings_of(
         "poison ratio": None if clean else _ratio(poison_ratio),
         "copies": copies,
         "seed": seed,
+        # Left out of those of the first architecture, which had no name.
+        **({} if architecture == "vgg" else {"architecture": architecture}),
         "ibau_jax": versions()["ibau_jax"],
         **asdict(config),
     }
@@ -115,6 +120,7 @@ def train_model(
     attacks: tuple[Attack, ...] = (),
     *,
     poison_ratio: float | None = None,
+    architecture: str = "vgg",
     preset: str = "cpu",
     epochs: int | None = None,
     copies: int = 1,
@@ -134,6 +140,7 @@ def train_model(
       dataset: of `DATASETS`; its split `train` is poisoned and trained on.
       attacks: from `make_attacks`; empty: a clean model. Triggers are of class `Trigger`.
       poison_ratio: share of the training set that each attack poisons, in [0, 1]; None: 0.2.
+      architecture: of `models.architectures.ARCHITECTURES`.
       preset: of `training.train.PRESETS`.
       epochs: passes over the data; None: the preset's. Preset `cpu` divides its own by the
         number of attacks and copies, since their joined data is as many times larger, and takes
@@ -164,6 +171,7 @@ def train_model(
         out,
         dataset,
         poison_ratio=poison_ratio,
+        architecture=architecture,
         preset=preset,
         epochs=epochs,
         copies=copies,
@@ -181,11 +189,11 @@ def train_model(
     info, first, out = data_info(dataset), processes.is_first(), Path(out)
     data, held_out = load(dataset, "train", data_dir), load(dataset, info.split, data_dir)
     clean, (data, _) = data, poison_all(data, attacks * copies, ratio, seed)
-    module = build("vgg", info.num_classes)
+    module = build(architecture, info.num_classes)
     checkpoints = None
     if keep_states and jax.process_count() == 1:
         settings = {
-            **settings_of(dataset, config, poison_ratio, copies, seed, not attacks),
+            **settings_of(dataset, architecture, config, poison_ratio, copies, seed, not attacks),
             "attack": names_of(attacks),
             "targets": [attack.target for attack in attacks],
             "triggers": [_digest(trigger) for trigger in triggers],
@@ -217,7 +225,7 @@ def train_model(
         "num_devices": len(devices.all),
         "versions": versions(),
     }
-    model = StoredModel(variables, "vgg", info.num_classes, dataset, attacks, trained)
+    model = StoredModel(variables, architecture, info.num_classes, dataset, attacks, trained)
     if first:
         save_model(out, model)
     if checkpoints is not None:
@@ -227,6 +235,7 @@ def train_model(
     return {
         "model": str(out),
         "attack": names_of(attacks),
+        "architecture": architecture,
         "preset": preset,
         "epochs": config.epochs,
         **final,

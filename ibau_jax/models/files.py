@@ -18,8 +18,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ibau_jax.attacks import RULES, Attack, Trigger
 from ibau_jax.errors import InputError
 from ibau_jax.files import atomic_path, to_json
+from ibau_jax.models.architectures import ARCHITECTURES, build
 from ibau_jax.models.stored import IMAGE, StoredModel, flat
-from ibau_jax.models.vgg import ARCHITECTURES, build
 
 FORMAT = "ibau_jax model 3"  # the only key: safetensors writes several in random order
 MAX_COPIES = 1000  # of the training set that a model was trained on

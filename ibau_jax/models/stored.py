@@ -14,9 +14,9 @@ from flax.traverse_util import flatten_dict
 from ibau_jax.attacks import Attack, Network, poison_all
 from ibau_jax.data import DATASETS, DataInfo, Dataset, Reader, data_info, load
 from ibau_jax.errors import InputError
+from ibau_jax.models.architectures import build
 from ibau_jax.models.model import Classifier, Model
 from ibau_jax.models.predict import predict
-from ibau_jax.models.vgg import build
 
 IMAGE = (32, 32, 3)  # what the architectures read, so the shape of triggers
 
@@ -27,7 +27,7 @@ class StoredModel:
 
     Attributes:
       variables: flax variables, `params` and `batch_stats`.
-      architecture: a name of `ibau_jax.models.vgg.ARCHITECTURES`.
+      architecture: a name of `ibau_jax.models.architectures.ARCHITECTURES`.
       num_classes: size of the output.
       dataset: the data set it was trained on.
       attacks: those on it, as far as they are known.

@@ -1,4 +1,4 @@
-"""The paper's simplified VGG (Table 7) and two adapters: `logits(params, images)`, and more.
+"""The paper's simplified VGG (Table 7).
 
 Two facts decide the form of the code on a CPU (design notes in README, "Speed"):
 
@@ -8,15 +8,12 @@ Two facts decide the form of the code on a CPU (design notes in README, "Speed")
    every activation.
 """
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from ibau_jax.devices import mesh
-from ibau_jax.errors import check_name
 from ibau_jax.models.convolution import convolve, convolve_in_parts
 
 
@@ -170,12 +167,3 @@ def _elu_and_slope_jvp(primals, tangents):
     y, slope = _elu_and_slope(*primals)
     moved = tangents[0] * slope
     return (y, slope), (moved, jnp.where(y < 0, moved, 0))
-
-
-ARCHITECTURES: dict[str, type[VGG]] = {"vgg": VGG}
-
-
-def build(architecture: str, num_classes: int, **settings: Any) -> VGG:
-    """A module by name; an unknown name raises and tells the nearest."""
-    check_name("architecture", architecture, ARCHITECTURES)
-    return ARCHITECTURES[architecture](num_classes, **settings)

@@ -15,7 +15,6 @@ from ibau_jax.devices import mesh
 from ibau_jax.devices.mesh import Devices
 from ibau_jax.errors import InputError, check_name
 from ibau_jax.models.model import Classifier
-from ibau_jax.models.vgg import VGG
 from ibau_jax.progress import progress_bar
 from ibau_jax.training.loop import Fit, TrainState, batches_of, cross_entropy
 from ibau_jax.training.states import Checkpoints
@@ -84,7 +83,7 @@ PRESETS: dict[str, Callable[[str], TrainConfig]] = {
 
 
 def train(
-    module: VGG,
+    module: Any,
     data: Dataset,
     *,
     config: TrainConfig = TrainConfig(),  # noqa: B008  (frozen)
@@ -97,8 +96,8 @@ def train(
     """Train with Adam; the data, the draw of each epoch's order and every step are on the devices.
 
     Args:
-      module: see `models.vgg.VGG`; another flax module needs the same arguments, `params` and
-        `batch_stats`, and attributes `axis` and `dropout`.
+      module: of `models.architectures`; another flax module needs the same arguments as `VGG`, and
+        attributes `axis` and `dropout`.
       data: images [N, H, W, C] in [0, 1], labels [N]; poisoned or not.
       evaluate: `evaluate(variables) -> mapping`, after the last epoch and, with a progress bar
         on, after each.

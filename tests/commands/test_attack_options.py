@@ -9,10 +9,10 @@ from ibau_jax import InputError, load
 from ibau_jax.attacks import ATTACKS, Attack, Trigger, blend
 from ibau_jax.commands import attack_options
 from ibau_jax.commands.attack_options import attacks_on, make_attacks
+from ibau_jax.models.architectures import build
 from ibau_jax.models.files import save_model
 from ibau_jax.models.model import evaluation_logits
 from ibau_jax.models.stored import StoredModel
-from ibau_jax.models.vgg import build
 
 
 @pytest.fixture

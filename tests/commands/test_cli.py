@@ -21,6 +21,7 @@ from ibau_jax.defenses import DEFENSES, Defense
 from ibau_jax.defenses.inversion import neural_cleanse
 from ibau_jax.defenses.inversion.neural_cleanse import NeuralCleanseConfig
 from ibau_jax.defenses.method import method
+from ibau_jax.models.architectures import ARCHITECTURES
 from ibau_jax.models.files import load_model, save_model
 from ibau_jax.models.predict import predict
 from ibau_jax.models.stored import StoredModel
@@ -556,7 +557,7 @@ def test_help_names_every_command(capsys):
 
 def test_help_knows_the_tables_and_takes_no_second():
     assert names.ATTACKS == tuple(ATTACKS) and names.DATASETS == tuple(DATASETS)
-    assert names.DEFENSES == tuple(DEFENSES)
+    assert names.DEFENSES == tuple(DEFENSES) and names.ARCHITECTURES == tuple(ARCHITECTURES)
     for arguments in (["--help"], ["defend", "--help"], ["defend", "--no-such-option"]):
         code = (
             f"from ibau_jax.commands.cli import main\ntry: main({arguments})\nexcept SystemExit: 0"

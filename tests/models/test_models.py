@@ -9,9 +9,10 @@ from conftest import random_variables
 from jax.test_util import check_grads
 
 from ibau_jax.errors import InputError
+from ibau_jax.models.architectures import build
 from ibau_jax.models.convolution import convolve, convolve_in_parts
 from ibau_jax.models.model import evaluation_logits
-from ibau_jax.models.vgg import VGG, ConvNormELU, build, elu, max_pool
+from ibau_jax.models.vgg import VGG, ConvNormELU, elu, max_pool
 
 KEY = jax.random.key(0)
 

@@ -11,9 +11,9 @@ import pytest
 from ibau_jax import Dataset, IBAUConfig, load
 from ibau_jax.attacks import Attack, badnets_square, trigger_from_files
 from ibau_jax.hypergradient import Neumann, hypergradient
+from ibau_jax.models.architectures import build
 from ibau_jax.models.model import Classifier, evaluation_logits
 from ibau_jax.models.torch_import import convert_pth
-from ibau_jax.models.vgg import build
 from ibau_jax.results.metrics import evaluator
 from ibau_jax.unlearning.batches import make_batches, resolve
 from ibau_jax.unlearning.ibau import ibau
