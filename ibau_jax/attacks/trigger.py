@@ -155,7 +155,7 @@ def _checked_shape(shape: tuple[int, int, int]) -> tuple[int, int, int]:
 
 
 def trigger_from_files(
-    pattern: str | Path, rule: str = "add", mask: str | Path | None = None
+    pattern: str | Path, rule: str = "add", mask: str | Path | None = None, patch: bool = False
 ) -> Trigger:
     """A trigger from a picture and, for `replace`, a mask.
 
@@ -166,6 +166,7 @@ def trigger_from_files(
       rule: of `RULES`.
       mask: .npy, [H, W], [H, W, C] or channels first [C, H, W], values in [0, 1]; None: with
         `replace`, how opaque the picture is. Where the mask is 0 the picture does not count.
+      patch: it is a part of an image, so that with `replace` it may be opaque everywhere.
 
     Raises:
       InputError: a file is missing or unreadable, or does not fit.
@@ -193,7 +194,7 @@ def trigger_from_files(
             array = array.transpose(1, 2, 0)
         if array.shape == picture.shape:
             picture = picture * (array > 0)
-    elif rule == "replace" and opaque.min() < 1:
+    elif rule == "replace" and (patch or opaque.min() < 1):
         array = np.repeat(opaque, 3, axis=-1)
     return Trigger(rule, picture, array)
 

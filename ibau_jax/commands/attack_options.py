@@ -234,8 +234,9 @@ def measured_attacks(
         return ()
     name = measured.attack or (measured.trigger.stem if measured.trigger else None)
     if measured.trigger is not None:
-        rule = measured.trigger_rule or ("replace" if measured.trigger_at else "add")
-        trigger = trigger_from_files(measured.trigger, rule, measured.trigger_mask)
+        patch = measured.trigger_at is not None
+        rule = measured.trigger_rule or ("replace" if patch else "add")
+        trigger = trigger_from_files(measured.trigger, rule, measured.trigger_mask, patch)
         trigger = _fitted(trigger, shape, measured.trigger_at, str(measured.trigger))
     elif name in ATTACKS and (fixed := ATTACKS[name].fixed) is not None:
         trigger = fixed(shape=shape)
@@ -272,8 +273,6 @@ def _fitted(trigger: Trigger, shape: tuple[int, ...], at: str | None, where: str
                 argument="trigger_at",
             )
         around = ((y, shape[0] - y - high), (x, shape[1] - x - wide), (0, 0))
-        if trigger.rule == "replace" and mask is None:
-            mask = np.ones_like(pattern)
         pattern = np.pad(pattern, around)
         mask = None if mask is None else np.pad(mask, around)
     if shape[2] == 1:

@@ -105,6 +105,8 @@ def defend(
         config = with_rounds(config, rounds)
     given, other = load_both(clean, split, reader, labelled=not no_labels, seed=seed)
     clean_set, held_out = given.data, other.data
+    if back:
+        attacks = measured_attacks(stored, name, measured, clean_set.images.shape[1:])
     if no_labels:
         clean_set = stored.relabelled(clean_set)
     devices, first = mesh.devices(num_devices), processes.is_first()
@@ -137,8 +139,6 @@ def defend(
                 "how much of it was poisoned: give a model file made by `ibau train`, or the ratio",
                 argument="poison_ratio",
             )
-    if back:
-        attacks = measured_attacks(stored, name, measured, clean_set.images.shape[1:])
     measure = evaluator(stored.classifier, held_out, attacks)
     about = described(attacks)
     names = given.classes or other.classes
@@ -264,7 +264,7 @@ def _pictures(model: StoredModel, result: Result, held_out: Dataset, count: int 
             for i, image in enumerate(images if model.attacks else ())
         ],
         np.float32,
-    )
+    ).reshape(-1, *images.shape[1:])
     shown = triggered if model.attacks else images
     return Pictures(
         triggers=np.array([attack.trigger.scaled() for attack in model.attacks], np.float32),
