@@ -47,7 +47,6 @@ from ibau_jax.commands.options import (
     TriggerMask,
     TriggerRule,
     join,
-    trigger_options,
 )
 from ibau_jax.commands.output import fail, finish, note
 from ibau_jax.errors import InputError, LostProcess, printable
@@ -153,7 +152,7 @@ def train(
         attack,
         scenario,
         target,
-        **trigger_options(trigger, trigger_rule, trigger_mask),
+        **attack_options.trigger_options(trigger, trigger_rule, trigger_mask),
         clean_model=clean_model,
         seed=seed,
         data_dir=data_dir,
@@ -349,7 +348,7 @@ def convert(
         "none" if attack is None and trigger is None else attack,
         scenario or "one-target",
         target,
-        **trigger_options(trigger, trigger_rule, trigger_mask),
+        **attack_options.trigger_options(trigger, trigger_rule, trigger_mask),
     )
     found = work.convert(source, destination, dataset=dataset, attacks=chosen)
     finish(found, json)

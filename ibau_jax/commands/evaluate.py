@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ibau_jax.attacks import described
-from ibau_jax.commands.attack_options import measured_attacks
+from ibau_jax.commands.measured import measured_attacks
 from ibau_jax.commands.options import AS_STORED, IN_THE_FILE, OURS, Measured, OwnImages, OwnModel
 from ibau_jax.commands.own_model import open_model
 from ibau_jax.data import load_given, note_accuracy

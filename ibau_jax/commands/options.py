@@ -7,7 +7,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from tyro.conf import arg
 
@@ -174,15 +174,3 @@ def join(machines: Machines) -> None:
         raise InputError(
             "--num-processes or --process-id without --coordinator: give HOST:PORT of process 0"
         )
-
-
-def trigger_options(path: Path | None, rule: str | None, mask: Path | None) -> dict[str, Any]:
-    """Arguments of `make_attacks` for the options of a trigger of one's own."""
-    if path is not None:
-        from ibau_jax.commands.attack_options import read_trigger
-
-        own = read_trigger(path, rule or "add", mask)
-        return {"trigger": own, "rule": None, "trigger_name": path.stem}
-    if mask is not None:
-        raise InputError("a trigger mask without a trigger: give the picture by --trigger")
-    return {"rule": rule}
