@@ -157,7 +157,7 @@ def test_a_softmax_at_the_end_is_seen(trained, clean):
 
 
 def test_a_module_that_is_no_better_than_chance_is_refused(trained, clean):
-    with pytest.raises(InputError, match="of the clean images their labels.*mean and std"):
+    with pytest.raises(InputError, match="of the clean images their labels.*normalised"):
         clean_torch(trained, clean.images, (clean.labels + 1) % 10)
 
 
