@@ -67,9 +67,15 @@ def open_model(
         raise InputError(f"code by {' and '.join('--' + n for n in named)}: expected one of them")
     ((library, spec),) = named.items()
     args = _arguments(own.model_args)
+    model: Any
     model, variables, back = LIBRARIES[library](path, spec, args)
     fixed = image_size or (IMAGE[0] if dataset in DATASETS else None)
-    channels, classes = _reads(model, variables, (fixed,) if fixed else SIZES)
+    size, channels, classes = _reads(model, variables, (fixed,) if fixed else SIZES)
+    if library == "torch":
+        from ibau_jax.defenses.torch_module import with_logits
+
+        noise = np.random.default_rng(0).uniform(size=(4, size, size, channels))
+        model = with_logits(model, variables, noise.astype(np.float32))
     if own.mean is not None or own.std is not None:
         mean, std = (_numbers(name, getattr(own, name)) for name in ("mean", "std"))
         model = normalised(model, mean, std, channels)
@@ -111,8 +117,8 @@ def _numbers(name: str, text: str | None) -> tuple[float, ...]:
         ) from None
 
 
-def _reads(model: Model, variables: Variables, sizes: tuple[int, ...]) -> tuple[int, int]:
-    """How many channels a model reads, and how many classes it gives."""
+def _reads(model: Model, variables: Variables, sizes: tuple[int, ...]) -> tuple[int, int, int]:
+    """A size and the channels of images that a model reads, and how many classes it gives."""
     reasons = []
     for channels in CHANNELS:
         for size in sizes:
@@ -123,7 +129,7 @@ def _reads(model: Model, variables: Variables, sizes: tuple[int, ...]) -> tuple[
                 reasons.append(f"{size}x{size}x{channels}: {first_line(error)[:200]}")
                 continue
             if getattr(out, "ndim", 0) == 2 and out.shape[0] == 1:
-                return channels, out.shape[1]
+                return size, channels, out.shape[1]
             reasons.append(f"{size}x{size}x{channels}: it gives {out} and not [1, classes]")
     raise InputError(
         f"the model refuses images of {reasons[0]}; expected one that gives [N, classes] for "

@@ -138,3 +138,53 @@ def test_options_of_own_models_are_for_them_alone(capsys, digits_model):
     assert "mean for a model file of ours" in line and "(--mean)" in line
     line = refused(capsys, "evaluate", "--model", digits_model, "--trigger-at", "1,1")
     assert "(--trigger-at)" in line
+
+
+def test_a_module_of_pytorch_comes_back_as_it_was(capsys, tmp_path, monkeypatch):
+    """Under `net` beside an epoch, ending in a softmax; measured by PyTorch itself."""
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("torchax")
+    torch.set_num_threads(1)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\n"
+        "def net(width=4):\n"
+        "    return nn.Sequential(nn.Conv2d(3, width, 5, 4), nn.BatchNorm2d(width), nn.ReLU(),\n"
+        "        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * width, 10), nn.Softmax(1))\n"
+    )
+    space: dict = {}
+    exec((tmp_path / "mine.py").read_text(), space)
+    torch.manual_seed(0)
+    net = space["net"](5).eval()
+    torch.save({"net": net.state_dict(), "epoch": 7}, "weights.pth")
+
+    def labels(images):
+        with torch.no_grad():
+            return net(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).argmax(1).numpy()
+
+    for name, split in (("clean", "test[:20]"), ("test", "test[700:730]")):
+        images = load("digits", split).images
+        np.savez(tmp_path / f"{name}.npz", images=images, labels=labels(images))
+    code = ["--torch", "mine.py:net", "--model-args", '{"width": 5}']
+    images = ["--clean", "clean.npz", "--split", "test.npz"]
+    found, _ = run(capsys, *DEFEND, "--model", "weights.pth", *code, *images)
+    assert found["before"]["acc"] == 1 and found["model"] == "out/cleaned.pth"
+    cleaned = torch.load("out/cleaned.pth", weights_only=True)
+    assert cleaned["epoch"] == 7 and list(cleaned["net"]) == list(net.state_dict())
+    before = torch.cat([p.ravel() for p in net.parameters()]).detach().clone()
+    net.load_state_dict(cleaned["net"], strict=True)
+    assert torch.any(torch.cat([p.ravel() for p in net.parameters()]) != before)
+    with np.load("test.npz") as data:
+        acc = np.mean(labels(data["images"]) == data["labels"])
+    assert found["after"]["acc"] == pytest.approx(acc)
+    assert "missing 'weight' (and 1 more), unexpected '0.weight'" in refused(
+        capsys,
+        *DEFEND,
+        "--model",
+        "weights.pth",
+        "--torch",
+        "torch.nn:Linear",
+        "--model-args",
+        '{"in_features": 3, "out_features": 2}',
+        *images,
+    )

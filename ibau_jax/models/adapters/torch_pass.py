@@ -16,6 +16,7 @@ is mended here:
 import contextlib
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -163,8 +164,11 @@ def running(this: Pass) -> Iterator[None]:
         key = jax.random.fold_in(key, this.places[0])
     seed = contextlib.nullcontext() if key is None else env.override_property(prng=key)
     try:
-        with torch.no_grad(), jax.ensure_compile_time_eval(), seed, env, _mode(this):
-            yield
+        with warnings.catch_warnings():
+            # torchax asks for PyTorch's int64 and float64, and gets 32 bits, as everything here.
+            warnings.filterwarnings("ignore", "Explicitly requested dtype (int|float)64")
+            with torch.no_grad(), jax.ensure_compile_time_eval(), seed, env, _mode(this):
+                yield
     except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
         raise InputError(
             "the module's forward asks for the value of a tensor (an 'if' on it, .item() or "
