@@ -171,7 +171,8 @@ def needs_flax(model: Model, defense: str, why: str) -> Classifier:
       InputError: it is no `Classifier`.
     """
     if not isinstance(model, Classifier):
-        raise InputError(f"{defense} {why}: {_FLAX}, found {_kind(model)}")
+        wanted = _FLAX if isinstance(model, Frozen) else _OURS
+        raise InputError(f"{defense} {why}: {wanted}, found {_kind(model)}")
     return model
 
 
@@ -182,7 +183,8 @@ def needs_init(model: Model, defense: str, why: str) -> Callable[[jax.Array, jax
       InputError: it has none.
     """
     if not hasattr(model, "init"):
-        raise InputError(f"{defense} {why}: {_FLAX}, found {_kind(model)}")
+        wanted = _FLAX if isinstance(model, Frozen) else _FRESH
+        raise InputError(f"{defense} {why}: {wanted}, found {_kind(model)}")
     return model.init  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -197,6 +199,8 @@ def needs_maps(model: Model, defense: str, why: str) -> Model:
     return model
 
 
+_OURS = "expected a module with the arguments of ibau_jax.models.VGG as Classifier(module)"
+_FRESH = "expected a model that can be initialised, such as Classifier(module) or a linen module"
 _FLAX = "expected a flax module as ibau_jax.models.Classifier(module) with its variables"
 
 
