@@ -196,10 +196,10 @@ def _has_arrays(part: Any) -> bool:
 
 
 def _norm(
-    part: eqx.nn.BatchNorm, as_it_is: Callable, weight: jax.Array, names: tuple[str, ...],
+    part: Any, as_it_is: Callable, weight: jax.Array, names: tuple[str, ...],
     x: jax.Array, state: eqx.nn.State, *, key: Any = None, inference: bool | None = None,
 ):  # fmt: skip
-    """Its call in training, of one image of a batch whose images have these weights."""
+    """The call of an `eqx.nn.BatchNorm` in training, of one image of a batch with these weights."""
     if part.inference if inference is None else inference:
         return as_it_is(x, state, inference=inference)
     rest = tuple(range(1, x.ndim))
