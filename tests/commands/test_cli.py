@@ -454,7 +454,8 @@ def test_paths_in_the_home_folder(capsys, digits_model, tmp_path, monkeypatch):
     assert main(["evaluate", "--model", "~/m.safetensors", *options, "--data-dir", "~/data"]) == 0
     (((model,), given),) = calls
     assert (model, given["data_dir"]) == (tmp_path / "m.safetensors", tmp_path / "data")
-    assert given["trigger"].mask.all() and given["trigger_name"] == "t"
+    measured = given["measured"]
+    assert (measured.trigger, measured.trigger_mask) == (tmp_path / "t.png", tmp_path / "mask.npy")
     assert main(["demo", "--out", "~/run"]) == 0 and calls[1] == tmp_path / "run"
     capsys.readouterr()
     for command in (

@@ -149,6 +149,7 @@ def test_a_run_goes_on_on_another_number_of_devices(tmp_path):
 def states_of(out, **options):
     """As a training to `out` that was stopped would leave them."""
     options = {"dataset": "digits", "clean": True, "copies": 1, "seed": 0} | options
+    options.setdefault("architecture", "vgg")
     config = replace(TrainConfig.cpu("digits"), epochs=options.pop("epochs", 8))
     ratio = options.pop("poison_ratio", None)
     settings = command.settings_of(config=config, poison_ratio=ratio, **options)
