@@ -205,6 +205,7 @@ _FLAX = "expected a flax module as ibau_jax.models.Classifier(module) with its v
 
 
 def _kind(model: Model) -> str:
+    model = getattr(model, "model", model)  # behind a normalisation
     return "a plain function" if isinstance(model, Frozen) else f"a {type(model).__name__}"
 
 
