@@ -10,6 +10,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+from command_line import refused, run
 from conftest import random_variables
 from PIL import Image
 
@@ -32,22 +33,6 @@ from ibau_jax.unlearning.search import Search
 
 NOTHING = Metrics(acc=1.0, asr=None, asr_excl=None, ra=None, n=40)
 SMALL = ["--clean", "test[:20]", "--split", "test[760:]", "--rounds", "1"]
-
-
-def run(capsys, *arguments):
-    """Exit status, stdout and stderr of `ibau ARGUMENTS`."""
-    status = main([str(a) for a in arguments])
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
-
-
-def refused(capsys, *arguments):
-    """The one line of a refused command."""
-    status, out, err = run(capsys, *arguments)
-    assert status == 2 and out == "" and "Traceback" not in err
-    lines = [line for line in err.splitlines() if line]
-    assert len(lines) == 1 and lines[0].startswith("ibau: "), err
-    return lines[0]
 
 
 @pytest.fixture(scope="module")

@@ -1,15 +1,15 @@
 """Folders of images and .npz files through the real commands."""
 
-import json
 import shutil
 from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import pytest
+from command_line import printed as run
+from command_line import refused
 from PIL import Image
 
-from ibau_jax.commands.cli import main
 from ibau_jax.data import Dataset, load
 from ibau_jax.models.files import load_model, save_model
 from ibau_jax.results.rows import HTML, read_rows
@@ -42,21 +42,6 @@ def own(digits_model, tmp_path, monkeypatch):
         labels[np.setdiff1d(np.arange(30), kept)[: len(missing)]] = missing
         write(tmp_path / name, Dataset(data.images, labels))
     return tmp_path
-
-
-def run(capsys, *arguments):
-    status = main([str(a) for a in arguments])
-    out, err = capsys.readouterr()
-    assert status == 0, err
-    return json.loads(out), err
-
-
-def refused(capsys, *arguments):
-    status = main([str(a) for a in arguments])
-    out, err = capsys.readouterr()
-    assert status == 2 and not out
-    (line,) = err.splitlines()
-    return line
 
 
 CLASSES = {str(label): label for label in range(10)}

@@ -1,14 +1,13 @@
 """A model of the user's own through the real commands: its code by name, its weights in a file."""
 
-import json
-
 import flax
 import jax
 import numpy as np
 import pytest
+from command_line import printed as run
+from command_line import refused
 from PIL import Image
 
-from ibau_jax.commands.cli import main
 from ibau_jax.data import Dataset, load
 from ibau_jax.models.predict import predict
 from ibau_jax.results.rows import read_rows
@@ -50,21 +49,6 @@ def own(tmp_path, monkeypatch):
         np.savez(tmp_path / f"{name}.npz", images=images, labels=label(variables, images))
     Image.fromarray(np.full((3, 3, 3), 255, np.uint8)).save(tmp_path / "trigger.png")
     return tmp_path
-
-
-def run(capsys, *arguments):
-    status = main([str(a) for a in arguments])
-    out, err = capsys.readouterr()
-    assert status == 0, err
-    return json.loads(out), err
-
-
-def refused(capsys, *arguments):
-    status = main([str(a) for a in arguments])
-    out, err = capsys.readouterr()
-    assert status == 2 and not out
-    (line,) = err.splitlines()
-    return line
 
 
 def test_from_weights_to_weights(capsys, own):
