@@ -19,7 +19,6 @@ from ibau_jax.models.stored import IMAGE, StoredModel
 
 SIZES = (32, 224, 28, 64, 96, 128, 256, 299, 384)  # tried where nothing says how large images are
 CHANNELS = (3, 1)
-Shape = tuple[int | None, int | None, int]
 
 
 class Back(NamedTuple):
@@ -151,12 +150,7 @@ def _of_flax(kind: str, path: str | Path, spec: str, args: Mapping[str, Any]):
 
     load = {"linen": files.load_linen, "nnx": files.load_nnx}[kind]
     model, variables, loaded = load(path, spec, args)
-
-    def write(to: Path, new: Variables) -> str:
-        files.save_weights(to, loaded, new)
-        return ""
-
-    return model, variables, Back(Path(path).suffix, write)
+    return model, variables, Back(Path(path).suffix, _alike(files.save_weights, loaded))
 
 
 def _equinox(path: str | Path, spec: str, args: Mapping[str, Any]):
@@ -169,12 +163,18 @@ def _equinox(path: str | Path, spec: str, args: Mapping[str, Any]):
         ) from error
 
     model, variables, container = load_equinox(path, spec, args)
+    back = Back(Path(path).suffix or ".eqx", _alike(save_equinox, container))
+    return model, variables, back
 
-    def write(to: Path, new: Variables) -> str:
-        save_equinox(to, container, new)
+
+def _alike(save: Callable[..., Any], container: Any) -> Callable[[Path, Variables], str]:
+    """`Back.write` of a format in which nothing differs from the file that was read."""
+
+    def write(path: Path, variables: Variables) -> str:
+        save(path, container, variables)
         return ""
 
-    return model, variables, Back(Path(path).suffix or ".eqx", write)
+    return write
 
 
 # (path, code, arguments) -> model, variables, way back

@@ -11,6 +11,7 @@ from ibau_jax.defenses.ibau import unlearn
 from ibau_jax.errors import InputError, check_name
 from ibau_jax.models.adapters.torch_model import TorchModel, from_torch, to_state_dict
 from ibau_jax.models.model import Variables
+from ibau_jax.models.normalised import normalised
 from ibau_jax.models.predict import predict
 from ibau_jax.unlearning.config import IBAUConfig
 
@@ -57,15 +58,19 @@ def clean_torch(
     for name in settings:
         check_name("setting", name, [field.name for field in fields(IBAUConfig)])
     config = replace(IBAUConfig(), **settings)
-    model, variables = from_torch(module, mean=mean, std=std)
+    if (mean is None) != (std is None):
+        raise InputError("mean and std belong together: expected both or none of them")
+    plain, variables = from_torch(module)
     clean = check_data(Dataset(channels_last(images), _array(labels)))
-    model = with_logits(model, variables, clean.images[:20])
+    model = with_logits(plain, variables, clean.images[:20])
+    if mean is not None:
+        model = normalised(model, tuple(mean), tuple(std), clean.images.shape[-1])
     classes = jax.eval_shape(model, variables, clean.images[:1]).shape[1]
     right = float(np.mean(predict(model)(variables, clean.images) == clean.labels))
     check_accuracy(right, classes, "the clean images")
     key = jax.random.key(seed)
     found = unlearn(model, variables, clean, config=config, key=key, progress=progress)
-    return to_state_dict(found.params, module.state_dict(), model.tied)
+    return to_state_dict(found.params, module.state_dict(), plain.tied)
 
 
 def with_logits(model: TorchModel, variables: Variables, images: np.ndarray) -> TorchModel:

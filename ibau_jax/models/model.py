@@ -117,6 +117,12 @@ class Classifier:
             {name: value for name, value in found.items() if name != "intermediates"},
         )
 
+    def without_dropout(self) -> "Classifier":
+        """The same, whose training drops nothing, where its module has rates (`VGG.dropout`)."""
+        if not hasattr(self.module, "dropout"):
+            return self
+        return Classifier(self.module.clone(dropout=tuple(0.0 for _ in self.module.dropout)))
+
 
 def _in_order(found: Mapping[str, Any]) -> list[jax.Array]:
     maps = found.get("intermediates", {})
@@ -210,12 +216,9 @@ def _kind(model: Model) -> str:
 
 
 def without_dropout(model: Model) -> Model:
-    """The model whose training drops nothing, where it knows how (`VGG.dropout`)."""
-    if hasattr(model, "without_dropout"):
-        return model.without_dropout()  # pyright: ignore[reportAttributeAccessIssue]
-    if not isinstance(model, Classifier) or not hasattr(model.module, "dropout"):
-        return model
-    return Classifier(model.module.clone(dropout=tuple(0.0 for _ in model.module.dropout)))
+    """The model whose training drops nothing, where it knows how."""
+    own = getattr(model, "without_dropout", None)
+    return model if own is None else own()
 
 
 def closed(model: Model, variables: Variables, given: Params) -> Params:

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from ibau_jax.models.adapters.inside import natural
 from ibau_jax.models.adapters.watch import Feeds
 from ibau_jax.models.model import Model, Variables
 
@@ -98,7 +99,7 @@ def normed_layers(variables: Variables, fed: Mapping[Path, Path] | None = None) 
         if offset is not None:
             layer = Normed("/".join(module), scale, offset, path, params[scale].size, None, names)
             found.append(layer._replace(kernel=_kernel(params, layer, fed)))
-    return sorted(found, key=lambda layer: _natural(layer.name))
+    return sorted(found, key=lambda layer: natural(layer.name))
 
 
 def changed(variables: Variables, change: Callable[[dict[Path, Any]], Mapping[Path, Any]]) -> Any:
@@ -129,7 +130,3 @@ def _kernel(
             if number and other and number[0] == other[0]:
                 return path
     return None
-
-
-def _natural(name: str) -> list[Any]:
-    return [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", name)]

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ibau_jax.devices import mesh
 from ibau_jax.models.adapters.inside import normalised
+from ibau_jax.models.vgg import unbiased
 
 
 class PreActResNet(nn.Module):
@@ -117,9 +117,6 @@ class BatchNorm(nn.Module):
             return x * gain + (offset - mean.value * gain)
         y, batch_mean, batch_var = normalised(x, -1, weights, self.axis, 1e-5, scale, offset)
         if not self.is_initializing():
-            rows = len(x) if weights is None else jnp.sum(weights > 0)
-            count = mesh.total(rows, self.axis) * (x.size // (len(x) * channels))
-            unbiased = batch_var * (count / jnp.maximum(count - 1, 1)).astype(batch_var.dtype)
             mean.value = 0.9 * mean.value + 0.1 * batch_mean
-            var.value = 0.9 * var.value + 0.1 * unbiased
+            var.value = 0.9 * var.value + 0.1 * unbiased(batch_var, x, weights, self.axis)
         return y

@@ -99,11 +99,8 @@ class ConvNormELU(nn.Module):
         batch_mean = self._mean(y, weights)
         batch_var = self._mean(jnp.square(y - batch_mean), weights)
         if not self.is_initializing():
-            rows = len(y) if weights is None else jnp.sum(weights > 0)
-            count = mesh.total(rows, self.axis) * (y.size // (len(y) * self.features))
-            unbiased = batch_var * (count / jnp.maximum(count - 1, 1)).astype(y.dtype)
             mean.value = 0.9 * mean.value + 0.1 * (batch_mean + bias)
-            var.value = 0.9 * var.value + 0.1 * unbiased
+            var.value = 0.9 * var.value + 0.1 * unbiased(batch_var, y, weights, self.axis)
         return elu((y - batch_mean) * (scale * lax.rsqrt(batch_var + 1e-5)) + offset)
 
     def _mean(self, y, weights):
@@ -111,6 +108,19 @@ class ConvNormELU(nn.Module):
         if weights is None:
             return mesh.total(y.mean((0, 1, 2)), self.axis) / mesh.width(self.axis)
         return mesh.total(jnp.tensordot(weights, y.mean((1, 2)), 1), self.axis)
+
+
+def unbiased(
+    var: jax.Array, x: jax.Array, weights: jax.Array | None, axis: str | None
+) -> jax.Array:
+    """The variance [C] of a batch on all devices, as PyTorch keeps it: by one value less.
+
+    Args:
+      x: [N, H, W, C], this device's rows; `weights` as of `VGG`.
+    """
+    rows = len(x) if weights is None else jnp.sum(weights > 0)
+    count = mesh.total(rows, axis) * (x.size // (len(x) * x.shape[-1]))
+    return var * (count / jnp.maximum(count - 1, 1)).astype(var.dtype)
 
 
 class Dropout(nn.Module):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import on_devices
 
+from ibau_jax import clean_torch
 from ibau_jax.errors import InputError
 from ibau_jax.models.adapters.torch_pass import need_torchax
 
@@ -26,6 +27,7 @@ from torch import nn
 
 from ibau_jax.models.adapters.torch_model import from_torch, to_state_dict
 from ibau_jax.models.model import Model, without_dropout
+from ibau_jax.models.normalised import normalised as behind
 from ibau_jax.models.normed import fed_by, normed_layers
 
 IMAGES = np.random.default_rng(0).uniform(size=(4, 8, 8, 3)).astype(np.float32)
@@ -38,8 +40,8 @@ def logits_of(module: nn.Module) -> np.ndarray:
         return module.eval()(NCHW.clone()).numpy()
 
 
-def ours(module: nn.Module, **settings) -> np.ndarray:
-    model, variables = from_torch(module, **settings)
+def ours(module: nn.Module) -> np.ndarray:
+    model, variables = from_torch(module)
     return np.asarray(jax.jit(model)(variables, IMAGES))
 
 
@@ -312,9 +314,11 @@ def test_images_are_normalised_on_demand():
     module, mean, std = resnet(), (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
     normalised = (NCHW - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
     wanted = module.eval()(normalised).detach()
-    np.testing.assert_allclose(ours(module, mean=mean, std=std), wanted, atol=2e-5)
+    model, variables = from_torch(module)
+    found = jax.jit(behind(model, mean, std, 3))(variables, IMAGES)
+    np.testing.assert_allclose(found, wanted, atol=2e-5)
     with pytest.raises(InputError, match="mean and std belong together"):
-        from_torch(module, mean=mean)
+        clean_torch(module, IMAGES, np.zeros(len(IMAGES), int), mean=mean)
 
 
 def test_logits_are_found_in_an_object():

@@ -1,6 +1,6 @@
 """A model of PyTorch's from code and a file of weights, and back into such a file."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 from ibau_jax.errors import InputError, first_line
 from ibau_jax.models.adapters.torch_model import TorchModel, from_torch, to_state_dict
 from ibau_jax.models.adapters.torch_modules import module_by_name
-from ibau_jax.models.adapters.torch_own import unwrapped
+from ibau_jax.models.adapters.torch_own import tied_names, unwrapped
 from ibau_jax.models.adapters.torch_pass import need_torch
 from ibau_jax.models.checkpoints.names import check_fit, prefix_of
 from ibau_jax.models.checkpoints.reading import Container, read_checkpoint
@@ -17,19 +17,13 @@ from ibau_jax.models.model import Variables
 
 
 def load_torch(
-    path: str | Path,
-    spec: str,
-    args: Mapping[str, Any] | None = None,
-    *,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    path: str | Path, spec: str, args: Mapping[str, Any] | None = None
 ) -> tuple[TorchModel, Variables, Container]:
     """The weights of a file in the module of a name, as a model and its variables.
 
     Args:
       path: see `read_checkpoint`.
       spec, args: see `module_by_name`.
-      mean, std: see `from_torch`.
 
     Returns:
       Model, variables, and the container for `save_torch`.
@@ -50,7 +44,7 @@ def load_torch(
             f"{str(path)!r} holds {double!r} in double precision: expected float32 or less; "
             "convert the weights first"
         )
-    tied = _tied(module)
+    tied = tied_names(module)
     lent = {a: b for a, b in tied if a not in found} | {b: a for a, b in tied if b not in found}
     shapes = {n: tuple(v.shape) for n, v in wanted.items() if isinstance(v, torch.Tensor)}
     check_fit({n: tuple(v.shape) for n, v in found.items()}, shapes, str(path), lent)
@@ -59,7 +53,7 @@ def load_torch(
         module.load_state_dict(given)
     except Exception as error:  # hooks of the user's, extra state
         raise InputError(f"the module refuses the weights: {first_line(error)}") from error
-    model, variables = from_torch(module, mean=mean, std=std)
+    model, variables = from_torch(module)
     return model, variables, replace(container, tied=model.tied)
 
 
@@ -71,12 +65,3 @@ def save_torch(path: str | Path, container: Container, variables: Variables) -> 
     """
     state = to_state_dict(variables, container.state, container.tied)
     return write_checkpoint(path, container, state)
-
-
-def _tied(module: Any) -> list[tuple[str, str]]:
-    first: dict[int, str] = {}
-    pairs = []
-    for name, value in module.named_parameters(remove_duplicate=False):
-        if first.setdefault(id(value), name) != name:
-            pairs.append((name, first[id(value)]))
-    return pairs

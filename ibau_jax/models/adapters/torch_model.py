@@ -17,7 +17,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ibau_jax.errors import InputError
-from ibau_jax.models.adapters.torch_own import outcome, own_copy, unwrapped
+from ibau_jax.models.adapters.torch_own import outcome, own_copy, tied_names, unwrapped
 from ibau_jax.models.adapters.torch_pass import Pass, need_torch, need_torchax, running, wrapped
 from ibau_jax.models.adapters.watch import Feeds, Path
 from ibau_jax.models.checkpoints.names import prefix_of
@@ -39,16 +39,12 @@ class TorchModel:
 
     Attributes:
       module: a copy of the user's, in eval mode between calls.
-      mean, std: of each channel, taken from and divided out of the images first; empty: the module
-        wants them in [0, 1].
       probabilities: the module ends in a softmax, whose logarithm stands for logits.
       dropout: whether training drops anything (layers of dropout; stochastic depth always does).
       tied: pairs of names of one tensor, the second is that of the variables.
     """
 
     module: Any
-    mean: tuple[float, ...] = ()
-    std: tuple[float, ...] = ()
     probabilities: bool = False
     dropout: bool = True
     tied: tuple[tuple[str, str], ...] = ()
@@ -98,10 +94,9 @@ class TorchModel:
         """Of each module, the one whose output it is given as it is (their paths)."""
         feeds = Feeds()
 
-        def note(name: str, one: Any, inputs: Any, output: Any) -> None:
+        def note(name: str, _: Any, inputs: Any, output: Any) -> None:
             if inputs and hasattr(inputs[0], "jax") and hasattr(output, "jax"):
-                path = tuple(name.split("."))
-                feeds(path, one, lambda x: output.jax(), (inputs[0].jax(),), {})
+                feeds.note(tuple(name.split(".")), inputs[0].jax(), output.jax())
 
         hooks = [
             one.register_forward_hook(partial(note, name))
@@ -124,11 +119,8 @@ class TorchModel:
             collection: {name: jnp.asarray(leaf, kind) for name, leaf in _flat(tree).items()}
             for collection, tree in variables.items()
         }
-        x = images.astype(kind)
-        if self.mean:
-            x = (x - jnp.asarray(self.mean, kind)) / jnp.asarray(self.std, kind)
         held = wrapped({k: v for tree in named.values() for k, v in tree.items()})
-        x = wrapped(x.transpose(0, 3, 1, 2))
+        x = wrapped(images.astype(kind).transpose(0, 3, 1, 2))
         seen: list[tuple[bool, jax.Array]] = []
         self.module.train(this.key is not None)
         hooks = _watch(self.module, seen) if look else []
@@ -150,10 +142,10 @@ class TorchModel:
         return logits, _maps(seen), others
 
 
-def from_torch(
-    module: Any, *, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
-) -> tuple[TorchModel, Variables]:
+def from_torch(module: Any) -> tuple[TorchModel, Variables]:
     """A module as a model, and its variables.
+
+    One that wants normalised images goes behind `models.normalised.normalised`.
 
     Args:
       module: a `torch.nn.Module` of images [N, C, H, W], of any size and on any device, that gives
@@ -161,22 +153,13 @@ def from_torch(
         as it is. `DataParallel` and `torch.compile` are taken off. Half precision is computed in
         float32. (torchax, once imported, is a device `jax` of torch's, to which a `DataParallel`
         that is made later would move.)
-      mean, std: of each channel, when the module wants images that are normalised.
 
     Raises:
       InputError: PyTorch or torchax is missing, or it is no such module, has weights in another
         precision (double), or that are not finite.
     """
-    if (mean is None) != (std is None):
-        raise InputError("mean and std belong together: expected both or none of them")
     torch = need_torch()
     module = unwrapped(module)
-    names = {id(p): name for name, p in module.named_parameters()}
-    tied = tuple(
-        (name, names[id(p)])
-        for name, p in module.named_parameters(remove_duplicate=False)
-        if names[id(p)] != name
-    )
     own = own_copy(module)
     any_trained = any(p.requires_grad for p in module.parameters())
     named: dict[str, dict[str, np.ndarray]] = {"params": {}, "batch_stats": {}, "state": {}}
@@ -192,8 +175,7 @@ def from_torch(
     if not named["params"]:
         raise InputError("the module has no parameters: expected a trained classifier")
     variables = {name: _nested(found) for name, found in named.items() if found}
-    settings = tuple(map(float, mean or ())), tuple(map(float, std or ()))
-    return TorchModel(own, *settings, tied=tied), variables
+    return TorchModel(own, tied=tied_names(module)), variables
 
 
 def to_state_dict(

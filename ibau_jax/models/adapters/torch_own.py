@@ -92,6 +92,16 @@ def own_copy(module: Any) -> Any:
     return own
 
 
+def tied_names(module: Any) -> tuple[tuple[str, str], ...]:
+    """Pairs of names of one parameter: another one, and the first."""
+    first = {id(value): name for name, value in module.named_parameters()}
+    return tuple(
+        (name, first[id(value)])
+        for name, value in module.named_parameters(remove_duplicate=False)
+        if first[id(value)] != name
+    )
+
+
 def is_variable(module: Any, name: str, value: Any) -> bool:
     """Is a module's own buffer one of the variables: of floats, and in the state dict?"""
     return value.is_floating_point() and name not in module._non_persistent_buffers_set

@@ -45,10 +45,14 @@ class Feeds:
 
     def __call__(self, path: Path, part: Any, next_call: Callable, args: tuple, kwargs: dict):
         out = next_call(*args, **kwargs)
-        if args and id(args[0]) in self._made:
-            self.found[path] = self._made[id(args[0])][0]
-        self._made.setdefault(id(out), (path, out))  # the innermost part is the one that made it
+        self.note(path, args[0] if args else None, out)
         return out
+
+    def note(self, path: Path, given: Any, out: Any) -> None:
+        """Take down a call that is over, of the parts inside a part first."""
+        if given is not None and id(given) in self._made:
+            self.found[path] = self._made[id(given)][0]
+        self._made.setdefault(id(out), (path, out))  # the innermost part is the one that made it
 
 
 @functools.cache
