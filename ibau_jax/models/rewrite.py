@@ -53,7 +53,7 @@ def with_products(function: Callable) -> Callable:
 def has_convolution(program: Jaxpr | ClosedJaxpr) -> bool:
     """Is there one that is not of whole numbers in a program, at any depth?"""
     return any(
-        _is_convolution(eqn) or any(map(has_convolution, _inside(eqn))) for eqn in program.eqns
+        _is_convolution(eqn) or any(map(has_convolution, inside(eqn))) for eqn in program.eqns
     )
 
 
@@ -64,7 +64,7 @@ def _is_convolution(eqn: JaxprEqn) -> bool:
     return suits(x, kernel, **eqn.params) and y.size > 0
 
 
-def _inside(eqn: JaxprEqn) -> Iterator[Jaxpr | ClosedJaxpr]:
+def inside(eqn: JaxprEqn) -> Iterator[Jaxpr | ClosedJaxpr]:
     """The programs among the parameters of an equation."""
     for value in eqn.params.values():
         for one in value if isinstance(value, tuple | list) else [value]:
@@ -89,7 +89,7 @@ def _result(jaxpr: Jaxpr, eqn: JaxprEqn, values: Values) -> Values:
     if _is_convolution(eqn):
         return [convolution_as_products(*values, **eqn.params)]
     rebuild = _REBUILT.get(eqn.primitive.name)
-    if rebuild and any(map(has_convolution, _inside(eqn))):
+    if rebuild and any(map(has_convolution, inside(eqn))):
         typed = [_typed(v, x) for v, x in zip(eqn.invars, values, strict=True)]
         return [*rebuild(eqn.params, partial(_as_it_is, jaxpr, eqn), typed)]
     return _as_it_is(jaxpr, eqn, *values)

@@ -12,9 +12,10 @@ from ibau_jax.data import Dataset, check_data, check_labels
 from ibau_jax.devices import mesh
 from ibau_jax.devices.mesh import Devices
 from ibau_jax.errors import InputError, first_line
+from ibau_jax.models.at_once import at_once
 from ibau_jax.models.model import Logits, Model, Params
-from ibau_jax.models.rewrite import has_convolution
 from ibau_jax.unlearning.config import IBAUConfig
+from ibau_jax.unlearning.grid import scale
 
 
 class Batch(NamedTuple):
@@ -163,11 +164,10 @@ def _multiple(count: int, of: int) -> int:
 def resolve(
     config: IBAUConfig, logits: Logits, params: Params, images: Any, num_devices: int = 1
 ) -> IBAUConfig:
-    """Settle what `config` leaves open: batch size, rounds and microbatch, for this clean set.
+    """Settle what `config` leaves open for this clean set.
 
-    On a CPU about ten images at a time stay in the cache; but a model in which a `lax.conv` is left
-    (`models.rewrite` takes out nearly all) must not run inside a loop there (XLA's derivatives
-    of convolutions in loops are many times slower), and an accelerator wants the whole batch.
+    That is the batch size, the rounds, the microbatch (`models.at_once`), and where it searches,
+    the radius for images larger than those of 32 x 32 pixels (`grid`).
     """
     count = len(images)
     batch_size = images_a_batch(config, count)
@@ -175,16 +175,12 @@ def resolve(
     microbatch = config.microbatch
     if microbatch == "auto":
         share = -(-batch_size // num_devices)
-        loops = suits_loops(logits, params, images)
-        microbatch = -(-share // -(-share // 10)) if loops else None
-    return replace(config, batch_size=batch_size, rounds=rounds, microbatch=microbatch)
-
-
-def suits_loops(logits: Logits, params: Params, images: Any) -> bool:
-    """Is a model best differentiated a few images at a time, in a loop? See `resolve`."""
-    if jax.default_backend() != "cpu":
-        return False
-    return not has_convolution(jax.make_jaxpr(logits)(params, images[:1]))
+        most = at_once(logits, params, images[:share])
+        microbatch = most and -(-share // -(-share // most))
+    config = replace(config, batch_size=batch_size, rounds=rounds, microbatch=microbatch)
+    if config.searched:
+        config = replace(config, radius=config.radius * scale(images.shape[1:]))
+    return config
 
 
 def images_a_batch(config: IBAUConfig, count: int) -> int:

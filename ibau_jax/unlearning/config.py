@@ -43,11 +43,11 @@ class IBAUConfig:
         a clean set below 1000 images, but at least 10.
       shuffle: draw the order of the clean images once, before they are cut into batches; False:
         take them as they come.
-      microbatch: images that are differentiated at a time; None: the whole batch; `auto`: 10
-        on a CPU, unless a `lax.conv` is left in the model (see `batches.resolve`), else the whole
-        batch. Only speed and memory depend on it.
+      microbatch: images that are differentiated at a time; None: the whole batch; `auto`: as many
+        as suit the cache and the memory (see `models.at_once`). Only speed and memory depend on it.
       norm: ball of the perturbation, `l2` or `linf`.
-      radius: its radius C, in the units of images in [0, 1].
+      radius: its radius C, in the units of images in [0, 1]; where something is searched, that of
+        images of 32 x 32 pixels, and in proportion to the side of images of 64 and more.
       inner_steps: T, steps of an ascent; None: one pass over the batches, a batch a step.
       inner_optimizer: alpha, of delta: a `Relative`, or any `Optimizer`, such as `SGD(0.1)`.
       inner_labels: `true`, or `predicted` by the model for the clean image.

@@ -8,10 +8,12 @@ needs of a set no more than its vertex in a direction (Jaggi, ICML 2013).
 At clean images the gradient says little of a trigger, but models answer to much less than the
 whole of it. So a search starts from the best of many vertices drawn at random, looked at with one
 forward pass for all labels (measured in experiments/default.md).
+
+Images of 64 x 64 and more are searched on a grid of 32 and more pixels a side, each a block of the
+image's own: a window keeps its share of the image, and a search its cost in memory.
 """
 
 import contextlib
-import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -25,10 +27,12 @@ from jax import lax
 from ibau_jax.data import Dataset
 from ibau_jax.devices.microbatch import accumulate
 from ibau_jax.errors import InputError
+from ibau_jax.models.at_once import at_once, divisor
 from ibau_jax.models.model import Logits, Params
 from ibau_jax.models.predict import predict
-from ibau_jax.unlearning.batches import UNTARGETED, shuffled, suits_loops
+from ibau_jax.unlearning.batches import UNTARGETED, shuffled
 from ibau_jax.unlearning.geometries import GEOMETRIES, Geometry
+from ibau_jax.unlearning.grid import enlarged, on_grid
 from ibau_jax.unlearning.objective import clip_images, not_that_label
 
 Label = int | np.ndarray
@@ -120,8 +124,7 @@ class Search:
         size = min(self.batch, len(true))
         batches = min(5, len(true) // size)
         stack = [a[: batches * size].reshape(batches, size, *a.shape[1:]) for a in (images, true)]
-        # A few at a time, as in `batches.resolve`.
-        rows = math.gcd(size, 10) if suits_loops(self.logits, params, images) else None
+        rows = divisor(size, at_once(self.logits, params, images[:size]))
         ascend = partial(self._ascend, rows=rows)
         deltas, given = [], []
         names = [g.name for g in self.geometries]
@@ -138,7 +141,7 @@ class Search:
                 if i in shortlist:
                     args = *stack, rule[stack[1]], np.int32(number), delta
                     delta = self._run(ascend, params, *args)
-                delta = np.asarray(delta)
+                delta = enlarged(np.asarray(delta), images.shape[1:])
                 deltas.append(delta)
                 given.append(self.label(params, np.clip(held + delta, 0, 1)))
                 advance(1)
@@ -171,7 +174,8 @@ class Search:
         drawn = self._starts(geometry, jax.random.fold_in(key, 1), images, starts)
         seen = self._run(self._look_at, params, drawn, images)
         rules = [rule_of(label, seen.shape[-1])[true] for label in labels]
-        return np.asarray([drawn[np.argsort(-_heights(seen, true, r))[:best]] for r in rules])
+        best_of = [drawn[np.argsort(-_heights(seen, true, r))[:best]] for r in rules]
+        return enlarged(np.asarray(best_of), images.shape[1:])
 
     def warm(self, params: Params, clean: Dataset) -> None:
         """Compile what reads the labels."""
@@ -190,7 +194,7 @@ class Search:
     def _starts(
         self, geometry: Geometry, key: jax.Array, images: np.ndarray, count: int
     ) -> jax.Array:
-        shape = images.shape[1:]
+        shape = on_grid(images.shape[1:])
         if geometry.draw is None:
             return jnp.zeros((1, *shape), images.dtype)
         return geometry.draw(key, count, shape).astype(images.dtype)
@@ -200,7 +204,11 @@ class Search:
 
     def _look_at(self, params, drawn, images):
         """The logits of images under each start: [starts, N, classes]."""
-        return lax.map(lambda delta: self.logits(params, clip_images(images + delta)), drawn)
+
+        def look(delta):
+            return self.logits(params, clip_images(images + enlarged(delta, images.shape[1:])))
+
+        return lax.map(look, drawn)
 
     def _ascend(self, params, images, true, towards, which, start, *, rows):
         """Frank-Wolfe from `start`, over batches [S, B, ...] in turn; the better of both ends."""
@@ -210,7 +218,7 @@ class Search:
             return lax.switch(which, vertices, direction)
 
         def loss(delta, images, true, towards):
-            moved = images + delta
+            moved = images + enlarged(delta, images.shape[1:])
             # What is clipped keeps its gradient, or a saturated pixel could never be left.
             moved = moved + lax.stop_gradient(clip_images(moved) - moved)
             return jnp.sum(height(self.logits(params, moved), true, towards))

@@ -286,6 +286,16 @@ def test_a_model_with_lax_conv_is_not_put_into_a_loop_on_a_cpu():
     assert resolve(IBAUConfig(), products, kernel, images).microbatch == expected
 
 
+def test_where_it_searches_the_radius_follows_the_size_of_the_images():
+    def logits(params, images):
+        return images.mean((1, 2)) * params
+
+    for config, wanted in ((IBAUConfig(), (10, 20)), (IBAUConfig.untargeted(), (10, 10))):
+        for side, radius in zip((32, 64), wanted, strict=True):
+            images = np.zeros((20, side, side + 9, 3), np.float32)
+            assert resolve(config, logits, np.ones(3, np.float32), images).radius == radius
+
+
 def test_a_clean_set_smaller_than_a_batch_works(linear):
     logits, params, clean = linear
     few = Dataset(clean.images[:3], clean.labels[:3])

@@ -19,6 +19,7 @@ from ibau_jax.unlearning.geometries import (
     square,
     window,
 )
+from ibau_jax.unlearning.grid import enlarged, on_grid, scale
 from ibau_jax.unlearning.search import Search, height, rule_of, share
 
 KEY = jax.random.key(0)
@@ -172,6 +173,37 @@ def test_the_best_that_are_drawn():
     assert ((pictures != 0).sum(1) == 9).all() and (np.ptp(pictures, 1) == 1).all()
     corners = found[:, :, -3:, -3:].mean((2, 3, 4))
     assert (corners[0] == 1).all() and (corners[1] == -1).all()
+
+
+@pytest.mark.parametrize("height, width", [(64, 64), (70, 97)])
+def test_large_images_are_searched_on_a_grid(height, width):
+    """A trigger twice as large is found as a window of twice the size."""
+    corner = np.zeros((height, width, 3), np.float32)
+    corner[-6:, 4:10] = 1  # three pixels of the grid a side, whether or not it fits
+
+    def logits(params, images):
+        white = (images * corner).sum((1, 2, 3)) / corner.sum()
+        ones = jnp.ones(len(images))
+        return params * jnp.stack([0.9 * ones, white, -ones], -1)
+
+    data = Dataset(np.full((20, height, width, 3), 0.5, np.float32), np.zeros(20, np.int32))
+    found = Search(logits, (window(3),), starts=100)(jnp.float32(9), data, [1], key=KEY)
+    delta = found.deltas[0, 0]
+    assert found.strength == 1 and delta.shape == (height, width, 3)
+    np.testing.assert_array_equal(delta, corner)
+    squares = Search(logits).drawn(jnp.float32(9), data, [1], square(3), key=KEY, starts=9, best=2)
+    assert squares.shape == (1, 2, height, width, 3)
+
+
+@given(st.integers(1, 130), st.integers(1, 130))
+def test_the_grid_covers_the_image(height, width):
+    shape = (height, width, 2)
+    rows, columns, channels = on_grid(shape)
+    assert channels == 2 and (min(rows, columns) >= 32 or (rows, columns) == (height, width))
+    picture = np.arange(rows * columns * 2).reshape(rows, columns, 2)
+    large = enlarged(picture, shape)
+    assert large.shape == shape
+    np.testing.assert_array_equal(large[:: scale(shape), :: scale(shape)], picture)
 
 
 def test_float64(x64):

@@ -15,9 +15,9 @@ import optax
 from ibau_jax.defenses.run import Job
 from ibau_jax.devices import mesh
 from ibau_jax.devices.microbatch import accumulate
+from ibau_jax.models.at_once import at_once, divisor
 from ibau_jax.models.model import Model, Variables
 from ibau_jax.training.loop import shuffled
-from ibau_jax.unlearning.batches import suits_loops
 
 EPSILON = 1e-7
 
@@ -134,15 +134,12 @@ def reverse_engineer(
       last.
     """
     config, devices, clean, labels = job.config, job.devices, job.clean, job.num_classes
-    count, at_once = len(clean.labels), config.labels_at_once
+    count = len(clean.labels)
     batch_size = min(config.batch_size, count)
     batches = min(config.batches, count // batch_size)
-    size = None
-    if suits_loops(job.model, job.variables, clean.images):
-        share = -(-batch_size // len(devices.all))
-        size = max(n for n in range(1, 11) if share % n == 0)
-        at_once = at_once or 1
-    chunk = min(at_once or labels, labels)
+    share = -(-batch_size // len(devices.all))
+    size = divisor(share, at_once(job.model, job.variables, clean.images[:share]))
+    chunk = min(config.labels_at_once or (labels if size is None else 1), labels)
     order_key, key = jax.random.split(key)
     shape = clean.images.shape[1:]
     update = jax.vmap(
