@@ -19,6 +19,7 @@ import optax
 from ibau_jax.data import Dataset
 from ibau_jax.defenses.method import method
 from ibau_jax.defenses.run import Job, Rounds, Told, finite
+from ibau_jax.devices.losses import Losses
 from ibau_jax.devices.microbatch import accumulate
 from ibau_jax.errors import InputError, check_positive
 from ibau_jax.models.model import Model, Params, Variables, needs_init
@@ -114,13 +115,13 @@ def dp_sgd(job: Job) -> Rounds:
     with job.progress(config.epochs * per_epoch, "DP-SGD") as advance:
         for epoch in range(1, config.epochs + 1):
             rows = shuffled(order_key, epoch, count, per_epoch, batch_size, devices)
-            losses = []
+            losses = Losses(devices)
             for i in range(per_epoch):
                 state, loss = step(state, images, labels, rows, i)
-                losses.append(float(devices.one(loss)))
+                losses.add(loss)
                 advance(1, note_of(row))
             devices.check_equal(state=state)
-            row = {"loss": finite(np.mean(losses))}
+            row = {"loss": finite(np.mean(losses.read()))}
             # A copy: the next step takes the memory of the state.
             yield {"params": jax.tree.map(jnp.copy, devices.one(state[0])), **fixed}, row
         advance(0, note_of(row))

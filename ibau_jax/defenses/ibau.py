@@ -14,6 +14,7 @@ from ibau_jax.defenses.guard import bearable, roll_back
 from ibau_jax.defenses.hunt import Hunt
 from ibau_jax.defenses.method import method
 from ibau_jax.defenses.run import Job, Rounds, Told
+from ibau_jax.devices.losses import Losses
 from ibau_jax.errors import InputError, first_line
 from ibau_jax.hypergradient import Direct, Report, needs_reverse_mode
 from ibau_jax.models.model import Logits, Params, of_params
@@ -91,9 +92,10 @@ def unlearn(job: Job) -> Rounds:
     for stage in itertools.count(1):
         title = "I-BAU" if stage == 1 else f"I-BAU, stage {stage}"
         with job.progress(rounds * len(sizes), title) as advance:
+            losses = Losses(devices, partial(job.check_finite, "the loss"))
 
-            def told(step: Step, advance=advance) -> None:
-                job.check_finite("the loss", devices.one(step.loss))
+            def told(step: Step, advance=advance, losses=losses) -> None:
+                losses.add(step.loss)
                 advance(1)
 
             for number in range(rounds):
@@ -103,8 +105,9 @@ def unlearn(job: Job) -> Rounds:
                     mixed = make_mixtures(clean, config, number, partial(teach, given), devices)
                     batches = batches._replace(mixed=mixed)
                 state, info = algorithm.round(state, batches, told, aims)
+                losses.read()
                 devices.check_equal(state=state, deltas=info.deltas)
-                found, height, steps = jax.tree.map(np.asarray, devices.one(info))
+                found, height, steps = devices.read(info)
                 delta = found[-1]
                 deltas.append(delta)
                 row = {

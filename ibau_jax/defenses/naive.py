@@ -17,6 +17,7 @@ So it lies in the method that ASR falls slowly and erratically.
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -25,6 +26,7 @@ import numpy as np
 from ibau_jax.defenses.deepfool import Universal, chunks, make_search
 from ibau_jax.defenses.method import method
 from ibau_jax.defenses.run import Job, Rounds, Told
+from ibau_jax.devices.losses import Losses
 from ibau_jax.errors import check_positive
 from ibau_jax.hypergradient import Direct
 from ibau_jax.models.model import of_params
@@ -124,11 +126,10 @@ def naive(job: Job) -> Rounds:
             found = search(devices.one(state.params), chosen, rng, advance)
             advance(in_search - found.passes * chunks(count), note_of(row))
             delta = devices.replicate(found.delta)
-            losses: list[float] = []
+            losses = Losses(devices, partial(job.check_finite, "the loss"))
             for index in range(len(sizes)):
                 state, step = algorithm.descend(state, delta, batches, index)
-                losses.append(float(devices.one(step.loss)))
-                job.check_finite("the loss", losses[-1])
+                losses.add(step.loss)
                 advance(1)
             devices.check_equal(state=state, delta=delta)
             deltas.append(np.asarray(found.delta))
@@ -137,7 +138,7 @@ def naive(job: Job) -> Rounds:
                 "fooling_rate": found.fooling_rate,
                 "unconverged": found.unconverged,
                 "passes": found.passes,
-                "loss": float(np.mean(losses)),
+                "loss": float(np.mean(losses.read())),
             }
             yield {**job.variables, "params": devices.one(state.params)}, row
         advance(0, note_of(row))

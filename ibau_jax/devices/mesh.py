@@ -88,8 +88,8 @@ class Devices(NamedTuple):
     ) -> Callable:
         """`function` on all devices, compiled at its first call for arguments like those.
 
-        Whole numbers among the arguments are replicated. Each call waits for its result, and tells
-        a lost process from other failures.
+        Whole numbers among the arguments are replicated. On a CPU each call waits for its result;
+        an accelerator computes on while the next calls are made, until something is `read`.
 
         Args:
           rows, donate: see `compile`.
@@ -99,6 +99,7 @@ class Devices(NamedTuple):
           LostProcess: by a call, where a collective failed.
         """
         compiled: list[Callable] = []
+        waits = self.all[0].platform == "cpu"
 
         def call(*args: Tree) -> Tree:
             args = tuple(self.replicate(np.int32(a)) if isinstance(a, int) else a for a in args)
@@ -106,7 +107,8 @@ class Devices(NamedTuple):
                 with compiling():
                     compiled.append(self.compile(function, *args, rows=rows, donate=donate))
             with processes.watch():
-                return jax.block_until_ready(compiled[0](*args))
+                result = compiled[0](*args)
+                return jax.block_until_ready(result) if waits else result
 
         return call
 
@@ -151,6 +153,15 @@ class Devices(NamedTuple):
     def one(self, tree: Tree) -> Tree:
         """This process's own copy of replicated arrays."""
         return jax.tree.map(lambda a: a.addressable_data(0), tree)
+
+    def read(self, tree: Tree) -> Tree:
+        """Replicated arrays as NumPy's; waits until they are there.
+
+        Raises:
+          LostProcess: a collective that leads to them failed.
+        """
+        with processes.watch():
+            return jax.tree.map(np.asarray, self.one(tree))
 
     def check_equal(self, **trees: Tree) -> None:
         """Raise where replicated arrays differ between devices, by one bit or more.

@@ -12,6 +12,7 @@ import optax
 
 from ibau_jax.data import Dataset
 from ibau_jax.devices import mesh
+from ibau_jax.devices.losses import Losses
 from ibau_jax.devices.mesh import Devices
 from ibau_jax.progress import note_of, progress_bar
 from ibau_jax.training.states import Checkpoints
@@ -69,13 +70,14 @@ class Fit:
         self._title, self._bar, self._checkpoints = title, bar, checkpoints
         self._data = devices.replicate((data.images, data.labels))
         devices.check_equal(data=self._data)  # processes may have made other triggers
-        self._done, self._losses, self._earlier = 0, [], 0.0
+        self._done, earlier, self._earlier = 0, [], 0.0
         if checkpoints is not None and (last := checkpoints.last(_stored(state))):
             self._done, (variables, opt_state, bits), about = last
             key = jax.random.wrap_key_data(jnp.asarray(bits), impl=jax.random.key_impl(state.key))
             state = TrainState(variables, opt_state, key)
-            self.history, self._losses = about["history"], about["losses"]
+            self.history, earlier = about["history"], about["losses"]
             self._earlier = about["seconds"]
+        self._losses = Losses(devices, earlier=earlier)
         self._state = devices.replicate(state)
         step = make_step(objective, optimizer, devices.axis, project)
         self._step = (program or devices.program)(step, rows=(3,), donate=(0,))
@@ -92,7 +94,7 @@ class Fit:
                 row = self._epoch(epoch, advance)
                 yield row
                 self.history.append(row)
-                self._losses, self._earlier = [], 0.0
+                self._losses, self._earlier = Losses(self._devices), 0.0
                 self._save(0.0)
                 advance(0, note_of(row))
 
@@ -103,21 +105,21 @@ class Fit:
         )
         for i in range(self._done % self._per_epoch, self._per_epoch):
             self._state, loss = self._step(self._state, *self._data, rows, i)
-            self._losses.append(float(self._devices.one(loss)))
+            self._losses.add(loss)
             self._done += 1
             advance(1)
-            if not np.isfinite(self._losses[-1]):
+            if not self._losses.finite:
                 break
             due = self._checkpoints is not None and self._checkpoints.due()
             if due and self._done % self._per_epoch:
                 self._save(time.perf_counter() - started)
         self._devices.check_equal(state=self._state)
-        seconds = time.perf_counter() - started
-        return {"epoch": epoch, "loss": float(np.mean(self._losses)), "seconds": seconds}
+        loss = float(np.mean(self._losses.read()))
+        return {"epoch": epoch, "loss": loss, "seconds": time.perf_counter() - started}
 
     def _save(self, seconds: float) -> None:
         if self._checkpoints is not None:
-            about = {"history": self.history, "losses": self._losses, "seconds": seconds}
+            about = {"history": self.history, "losses": self._losses.read(), "seconds": seconds}
             self._checkpoints.save(self._done, _stored(self._devices.one(self._state)), about)
 
 

@@ -189,7 +189,7 @@ def score(job: Job, search: Search, learned: Params, key: jax.Array) -> list[Sco
     program, scores = job.program(measure, rows=(6,)), []
     fixed = devices.replicate((learned, job.variables, *job.clean, key))
     for target in range(search.classes):
-        parts = [devices.one(program(*fixed, target, rows, i)) for i in range(batches)]
+        parts = devices.read([program(*fixed, target, rows, i) for i in range(batches)])
         loss, norm, hits, others = np.mean(np.asarray(parts), 0).tolist()
         scores.append(Score(loss, norm, hits / others if others else None))
     return scores

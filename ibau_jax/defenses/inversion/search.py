@@ -171,11 +171,11 @@ def reverse_engineer(
                 costs = [s.cost for s in schedules]
                 costs += [0.0] * (chunk - len(costs))
                 costs = devices.replicate(np.array(costs, clean.images.dtype))
-                sums = 0.0
+                each = []
                 for i in range(batches):
                     searches, values = update(searches, targets, costs, *fixed, rows, i)
-                    sums += np.stack([np.asarray(v) for v in devices.one(values)])
-                loss, success = np.asarray(sums) / batches
+                    each.append(values)
+                loss, success = np.mean(devices.read(each), 0)
                 masks, patterns = (np.asarray(a) for a in shown(devices.one(searches[0])))
                 norms = masks.sum((1, 2, 3))
                 for j, one in enumerate(schedules):
