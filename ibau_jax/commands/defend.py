@@ -12,6 +12,7 @@ import optax
 from ibau_jax.attacks import described
 from ibau_jax.commands.measured import measured_attacks
 from ibau_jax.commands.options import AS_STORED, IN_THE_FILE, OURS, Measured, OwnImages, OwnModel
+from ibau_jax.commands.own_file import add_to, save_own
 from ibau_jax.commands.own_model import open_model
 from ibau_jax.data import Dataset, check_accuracy, load_both, note_missing
 from ibau_jax.defenses import find, with_rounds
@@ -195,8 +196,14 @@ def defend(
         if back is None:
             info = {**stored.info, "cleaned_by": used}
             save_model(weights, replace(stored, variables=variables, info=info))
-        elif differs := back.write(weights, variables):
-            on_note(differs)
+        else:
+            if differs := back.write(weights, variables):
+                on_note(differs)
+            own_of = {**stored.info["own"], "cleaned_by": used}
+            if weights == out / CLEANED:
+                add_to(weights, own_of)
+            else:
+                save_own(out / CLEANED, back.tensors(variables), own_of)
         write_pictures(out, _pictures(replace(stored, attacks=attacks), result, held_out))
         write_rows(out / ROWS, rows)
         (out / PARTIAL).unlink(missing_ok=True)
@@ -209,7 +216,8 @@ def defend(
         "rounds": [{k: row.get(k) for k in keys} for row in rows[1:]],
         "seconds": result.seconds,
         "compile_seconds": result.compile_seconds,
-        "model": str(weights),
+        "model": str(out / CLEANED),
+        **({"weights": str(weights)} if back else {}),
         "report": str(out / HTML),
         **flagged,
         "diagnostics": told,

@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from ibau_jax.commands.options import OURS, OwnModel
+from ibau_jax.commands.own_file import remembered
 from ibau_jax.data import DATASETS
 from ibau_jax.errors import InputError, first_line
 from ibau_jax.models.files import load_model
@@ -27,10 +29,12 @@ class Back(NamedTuple):
     Attributes:
       suffix: of the file, such as `.pth`.
       write: `write(path, variables)`; what differs from the file that was read, or nothing.
+      tensors: `tensors(variables)`, arrays by the names that the reader of safetensors takes.
     """
 
     suffix: str
     write: Callable[[Path, Variables], str]
+    tensors: Callable[[Variables], Mapping[str, Any]]
 
 
 def open_model(
@@ -52,6 +56,7 @@ def open_model(
     Raises:
       InputError: the file, the code or the options cannot be used.
     """
+    own = remembered(path, own)
     named = {name: value for name in LIBRARIES if (value := getattr(own, name)) is not None}
     if not named:
         for name in ("model_args", "mean", "std"):
@@ -139,10 +144,17 @@ def _reads(model: Model, variables: Variables, sizes: tuple[int, ...]) -> tuple[
 
 def _torch(path: str | Path, spec: str, args: Mapping[str, Any]):
     from ibau_jax.models.adapters.torch_files import load_torch, save_torch
+    from ibau_jax.models.adapters.torch_model import to_state_dict
+
+    def tensors(new: Variables) -> dict[str, Any]:
+        state = to_state_dict(new, container.state, container.tied)
+        found = {name: value for name, value in state.items() if hasattr(value, "detach")}
+        wide = {n: v.float() if v.is_floating_point() else v for n, v in found.items()}
+        return {name: value.detach().cpu().numpy() for name, value in wide.items()}
 
     model, variables, container = load_torch(path, spec, args)
     suffix = ".safetensors" if container.kind == "safetensors" else Path(path).suffix or ".pth"
-    return model, variables, Back(suffix, lambda to, new: save_torch(to, container, new))
+    return model, variables, Back(suffix, lambda to, new: save_torch(to, container, new), tensors)
 
 
 def _of_flax(kind: str, path: str | Path, spec: str, args: Mapping[str, Any]):
@@ -150,12 +162,13 @@ def _of_flax(kind: str, path: str | Path, spec: str, args: Mapping[str, Any]):
 
     load = {"linen": files.load_linen, "nnx": files.load_nnx}[kind]
     model, variables, loaded = load(path, spec, args)
-    return model, variables, Back(Path(path).suffix, _alike(files.save_weights, loaded))
+    write = _alike(files.save_weights, loaded)
+    return model, variables, Back(Path(path).suffix, write, partial(flatten_dict, sep="/"))
 
 
 def _equinox(path: str | Path, spec: str, args: Mapping[str, Any]):
     try:
-        from ibau_jax.models.adapters.eqx_files import load_equinox, save_equinox
+        from ibau_jax.models.adapters.eqx_files import load_equinox, save_equinox, tensors_of
     except ImportError as error:
         raise InputError(
             f"Equinox is missing ({first_line(error)}): install it with pip install "
@@ -163,8 +176,12 @@ def _equinox(path: str | Path, spec: str, args: Mapping[str, Any]):
         ) from error
 
     model, variables, container = load_equinox(path, spec, args)
-    back = Back(Path(path).suffix or ".eqx", _alike(save_equinox, container))
-    return model, variables, back
+    suffix = Path(path).suffix or ".eqx"
+    return (
+        model,
+        variables,
+        Back(suffix, _alike(save_equinox, container), partial(tensors_of, container)),
+    )
 
 
 def _alike(save: Callable[..., Any], container: Any) -> Callable[[Path, Variables], str]:

@@ -56,7 +56,7 @@ def test_from_weights_to_weights(capsys, own):
     attack = ["--trigger", "trigger.png", "--trigger-at", "28,27", "--target", "4"]
     found, _ = run(capsys, *DEFEND, *NET, *MEAN, *images, *attack)
     assert found["before"]["acc"] == 1 and found["before"]["asr"] is not None
-    assert found["model"] == "out/cleaned.msgpack" and found["dataset"] == "own"
+    assert found["weights"] == "out/cleaned.msgpack" and found["dataset"] == "own"
     row = read_rows(own / "out")[-1]
     assert row["own"]["code"] == "net.py:Net" and row["own"]["mean"] == ".5"
     # The file is one of flax's, and what was measured is what is in it.
@@ -72,6 +72,11 @@ def test_from_weights_to_weights(capsys, own):
     assert [after[k] for k in ("acc", "asr", "ra", "n")] == [
         found["after"][k] for k in ("acc", "asr", "ra", "n")
     ]
+    # The file beside it remembers the normalisation, and runs no code by itself.
+    beside = ["evaluate", "--json", "--split", "test.npz", "--model", found["model"]]
+    again, _ = run(capsys, *beside, *NET[2:], *attack)
+    assert {**again, "model": None} == {**after, "model": None}
+    assert "whose code is not in it: give --linen net.py:Net" in refused(capsys, *beside)
     # The trigger is where it was asked for: 27 rows down, 28 columns to the right.
     with np.load("test.npz") as data:
         test = Dataset(data["images"].copy(), data["labels"])
@@ -152,7 +157,10 @@ def test_a_module_of_pytorch_comes_back_as_it_was(capsys, tmp_path, monkeypatch)
     code = ["--torch", "mine.py:net", "--model-args", '{"width": 5}']
     images = ["--clean", "clean.npz", "--split", "test.npz"]
     found, _ = run(capsys, *DEFEND, "--model", "weights.pth", *code, *images)
-    assert found["before"]["acc"] == 1 and found["model"] == "out/cleaned.pth"
+    assert found["before"]["acc"] == 1 and found["weights"] == "out/cleaned.pth"
+    beside = ["evaluate", "--json", "--split", "test.npz", "--model", found["model"]]
+    again, _ = run(capsys, *beside, "--torch", "mine.py:net")
+    assert again["acc"] == found["after"]["acc"]
     cleaned = torch.load("out/cleaned.pth", weights_only=True)
     assert cleaned["epoch"] == 7 and list(cleaned["net"]) == list(net.state_dict())
     before = torch.cat([p.ravel() for p in net.parameters()]).detach().clone()

@@ -99,6 +99,7 @@ def test_a_train_state_keeps_what_is_not_ours(tmp_path):
 
 def test_parameters_alone_and_in_16_bits(tmp_path):
     params = {"Dense_0": {"kernel": jnp.ones((4, 3), jnp.bfloat16), "bias": jnp.ones(3)}}
+    params["scale"] = jnp.ones(())
     flat_save(tmp_path / "w.safetensors", arrays(params))
     _, found, container = load_linen(
         tmp_path / "w.safetensors", "flax.linen:Dense", {"features": 3}
@@ -109,6 +110,7 @@ def test_parameters_alone_and_in_16_bits(tmp_path):
     _, back, _ = load_linen(tmp_path / "out.safetensors", "flax.linen:Dense", {"features": 3})
     assert back["params"]["Dense_0"]["kernel"].dtype == jnp.bfloat16
     same(back["params"]["Dense_0"]["bias"], np.full(3, 2, np.float32))
+    assert back["params"]["scale"].shape == ()
 
 
 def test_a_checkpoint_of_variables_under_params(tmp_path):
@@ -144,6 +146,9 @@ def test_nnx_weights_come_and_go(name, tmp_path):
     out = tmp_path / f"out{Path(name).suffix}"
     save_nnx(out, container, moved(found))
     same(load_nnx(out, NNX, {"rate": 0.1})[1], moved(found))
+    plain = tmp_path / "plain.safetensors"  # of the variables alone, by the names that they have
+    flat_save(plain, arrays(found))
+    same(load_nnx(plain, NNX, {"rate": 0.1})[1], arrays(found))
 
 
 def test_equinox_weights_come_and_go(tmp_path):
@@ -151,7 +156,7 @@ def test_equinox_weights_come_and_go(tmp_path):
     from libraries import equinox_module
 
     from ibau_jax.models.adapters.eqx import from_equinox
-    from ibau_jax.models.adapters.eqx_files import load_equinox, save_equinox
+    from ibau_jax.models.adapters.eqx_files import load_equinox, save_equinox, tensors_of
 
     module, state = equinox_module(seed=1)
     expected, own = from_equinox(module, state)
@@ -167,6 +172,21 @@ def test_equinox_weights_come_and_go(tmp_path):
         assert out.read_bytes() == path.read_bytes()
         save_equinox(out, container, {**found, "params": moved(found["params"])})
         assert load_equinox(out, spec, args)[1]["params"].out.bias[0] == module.out.bias[0] + 1
+    # and by the places of its arrays, in safetensors
+    tensors = {k: np.asarray(v) for k, v in tensors_of(container, found).items()}
+    plain = tmp_path / "w.safetensors"
+    plain.write_bytes(safetensors.numpy.save(tensors))
+    again, values, _ = load_equinox(plain, spec, args)
+    np.testing.assert_array_equal(again(values, IMAGES), expected(own, IMAGES))
+    first = min(tensors)
+    for changed, told in (
+        ({**tensors, "more": tensors[first]}, "also has 'more'"),
+        ({k: v for k, v in tensors.items() if k != first}, "is not there"),
+        ({**tensors, first: tensors[first][None]}, "is of shape"),
+    ):
+        plain.write_bytes(safetensors.numpy.save(changed))
+        with pytest.raises(InputError, match=told):
+            load_equinox(plain, spec, args)
     eqx.tree_serialise_leaves(path, module)
     with pytest.raises(InputError, match="holds the module without its state"):
         load_equinox(path, spec, args)

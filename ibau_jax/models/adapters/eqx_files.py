@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
+import safetensors.numpy
 
 from ibau_jax.errors import InputError, first_line
 from ibau_jax.files import atomic_path
@@ -42,7 +44,7 @@ def load_equinox(
     """A module of Equinox with what `eqx.tree_serialise_leaves` wrote of it.
 
     The file holds `(module, state)`, or the module alone where it has no state; a line of JSON may
-    stand before it.
+    stand before it. Or it is a safetensors file of `tensors_of`.
 
     Args:
       spec, args: of the module's class, or of a function that gives a module or `(module, state)`,
@@ -64,6 +66,10 @@ def load_equinox(
     module, state = found if isinstance(found, tuple) else (found, None)
     stateful = bool(jax.tree.leaves(state))
     path = exists(path, "an .eqx file")
+    if path.suffix == ".safetensors":
+        module, state = _filled((module, state), path, spec)
+        model, variables = from_equinox(module, state if stateful else None)
+        return model, variables, Container(module, state, b"", stateful)
     with path.open("rb") as file:
         header = file.readline() if file.read(1) == b"{" else b""
         header = b"{" + header if header else b""
@@ -92,6 +98,48 @@ def load_equinox(
         f"cannot read the weights {str(path)!r}: {reasons[0]}; expected what "
         f"eqx.tree_serialise_leaves wrote of {spec!r} with {dict(args)}"
     )
+
+
+def tensors_of(container: Container, variables: Mapping[str, Any]) -> dict[str, Any]:
+    """The arrays of a module and its state by their places in it."""
+    module, state = to_equinox(container.module, variables)
+    return {
+        name: leaf
+        for name, leaf in _named((module, container.state if state is None else state))
+        if eqx.is_array(leaf)
+    }
+
+
+def _named(tree: Any) -> list[tuple[str, Any]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [(jax.tree_util.keystr(path), leaf) for path, leaf in leaves]
+
+
+def _filled(tree: Any, path: Path, spec: str) -> Any:
+    """The tree with its arrays as a file of `tensors_of` has them."""
+    where = repr(str(path))
+    try:
+        found = safetensors.numpy.load_file(path)
+    except Exception as error:  # of many types
+        raise InputError(
+            f"cannot read the weights {where}: {first_line(error)[:150]}; expected a whole "
+            "safetensors file"
+        ) from error
+    leaves = []
+    for name, leaf in _named(tree):
+        if eqx.is_array(leaf):
+            new = found.pop(name, None)
+            if new is None or new.shape != leaf.shape:
+                what = "not there" if new is None else f"of shape {new.shape}"
+                raise InputError(
+                    f"{name!r} is {what} in {where}: expected the weights of {spec!r}, of shape "
+                    f"{leaf.shape}"
+                )
+            leaf = jnp.asarray(new, leaf.dtype)
+        leaves.append(leaf)
+    if found:
+        raise InputError(f"{where} also has {min(found)!r}, which {spec!r} has not")
+    return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
 
 def save_equinox(path: str | Path, container: Container, variables: Mapping[str, Any]) -> Path:

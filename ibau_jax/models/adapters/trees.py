@@ -84,7 +84,7 @@ def write_tree(path: str | Path, container: Container) -> Path:
         data = flax.serialization.msgpack_serialize(tree)
     else:
         flat = flatten_dict(tree, sep=container.separator)
-        arrays = {name: np.ascontiguousarray(value) for name, value in flat.items()}
+        arrays = {name: np.asarray(value, order="C") for name, value in flat.items()}
         data = safetensors.numpy.save(arrays, container.metadata)
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
