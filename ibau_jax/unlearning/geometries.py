@@ -75,7 +75,8 @@ def cosine(amplitude: float, frequencies: int = 8) -> Geometry:
         spectrum = jnp.fft.fft2(direction - direction.mean((0, 1)), axes=(0, 1))
         size = jnp.abs(spectrum).sum(-1)
         which = jnp.unravel_index(jnp.argmax(size), size.shape)
-        return amplitude * _wave(direction.shape[:2], which, jnp.angle(spectrum[which]))
+        wave = _wave(direction.shape[:2], which, jnp.angle(spectrum[which]))
+        return (amplitude * wave).astype(direction.dtype)  # where JAX is set to 64 bits too
 
     def draw(key, count, shape):
         keys = jax.random.split(key, 3)

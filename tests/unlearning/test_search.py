@@ -43,6 +43,12 @@ def test_no_member_goes_farther_than_the_vertex(geometry, seed):
     np.testing.assert_allclose(geometry.vertex(vertex), vertex, atol=1e-4)
 
 
+@pytest.mark.parametrize("geometry", (*GEOMETRIES, square(3)), ids=lambda geometry: geometry.name)
+def test_vertices_keep_the_precision_of_the_images(geometry, x64):
+    for dtype in (np.float32, np.float64):
+        assert geometry.vertex(jnp.ones(SHAPE, dtype)).dtype == dtype
+
+
 def test_vertices_by_hand():
     direction = np.zeros((4, 5, 1), np.float32)
     direction[1, 2], direction[2, 3], direction[0, 0] = 3, -2, 2.5
