@@ -31,7 +31,7 @@ from ibau_jax.models.at_once import at_once, divisor
 from ibau_jax.models.model import Logits, Params
 from ibau_jax.models.predict import predict
 from ibau_jax.unlearning.batches import UNTARGETED, shuffled
-from ibau_jax.unlearning.geometries import GEOMETRIES, Geometry
+from ibau_jax.unlearning.geometries import GEOMETRIES, Geometry, lift_of
 from ibau_jax.unlearning.grid import enlarged, on_grid
 from ibau_jax.unlearning.objective import clip_images, not_that_label
 
@@ -126,6 +126,7 @@ class Search:
         stack = [a[: batches * size].reshape(batches, size, *a.shape[1:]) for a in (images, true)]
         rows = divisor(size, at_once(self.logits, params, images[:size]))
         ascend = partial(self._ascend, rows=rows)
+        lift = np.asarray(lift_of(images), images.dtype)
         deltas, given = [], []
         names = [g.name for g in self.geometries]
         among = self.geometries if among is None else among
@@ -139,7 +140,7 @@ class Search:
             for i, rule in enumerate(rules):
                 delta = drawn[heights[i].argmax()]
                 if i in shortlist:
-                    args = *stack, rule[stack[1]], np.int32(number), delta
+                    args = *stack, rule[stack[1]], np.int32(number), delta, lift
                     delta = self._run(ascend, params, *args)
                 delta = enlarged(np.asarray(delta), images.shape[1:])
                 deltas.append(delta)
@@ -197,7 +198,8 @@ class Search:
         shape = on_grid(images.shape[1:])
         if geometry.draw is None:
             return jnp.zeros((1, *shape), images.dtype)
-        return geometry.draw(key, count, shape).astype(images.dtype)
+        lift = lift_of(images) * geometry.lift
+        return (geometry.draw(key, count, shape) + lift).astype(images.dtype)
 
     def _classes(self, params: Params, images: np.ndarray) -> int:
         return jax.eval_shape(self.logits, params, images[:1]).shape[1]
@@ -210,12 +212,13 @@ class Search:
 
         return lax.map(look, drawn)
 
-    def _ascend(self, params, images, true, towards, which, start, *, rows):
+    def _ascend(self, params, images, true, towards, which, start, lift, *, rows):
         """Frank-Wolfe from `start`, over batches [S, B, ...] in turn; the better of both ends."""
         vertices = [geometry.vertex for geometry in self.geometries]
+        lifts = jnp.array([geometry.lift for geometry in self.geometries], start.dtype)
 
         def vertex(direction):
-            return lax.switch(which, vertices, direction)
+            return lax.switch(which, vertices, direction) + lift * lifts[which]
 
         def loss(delta, images, true, towards):
             moved = images + enlarged(delta, images.shape[1:])

@@ -14,6 +14,7 @@ from ibau_jax.unlearning.geometries import (
     GEOMETRIES,
     Geometry,
     cosine,
+    lift_of,
     pixels,
     sphere,
     square,
@@ -199,6 +200,32 @@ def test_large_images_are_searched_on_a_grid(height, width):
     np.testing.assert_array_equal(delta, corner)
     squares = Search(logits).drawn(jnp.float32(9), data, [1], square(3), key=KEY, starts=9, best=2)
     assert squares.shape == (1, 2, height, width, 3)
+
+
+@pytest.mark.parametrize(("ground", "lift"), [(0.0, 1), (1.0, -1), (0.5, 0)])
+def test_waves_are_lifted_where_images_cut_them_off(ground, lift):
+    """On a black ground a cosine only brightens, on a white one it only darkens."""
+    images = np.full((20, 16, 16, 1), ground, np.float32)
+    assert lift_of(images) == lift
+    wave = 0.07 * np.cos(2 * np.pi * 2 * np.arange(16) / 16)[:, None] * np.ones((16, 1, 1))
+
+    def logits(params, images):  # label 1 from most of the whole wave on
+        found = ((images - ground) * wave).sum((1, 2, 3)) / (16 * 16 * 0.07**2 / 2)
+        ones = jnp.ones(len(images))
+        return params * jnp.stack([0.8 * ones, found, -ones], -1)
+
+    data = Dataset(images, np.zeros(20, np.int32))
+    found = Search(logits, (cosine(0.07),), starts=50)(jnp.float32(50), data, [1], key=KEY)
+    assert found.strength == 1
+    np.testing.assert_allclose(found.deltas[0, 0], wave + 0.07 * lift, atol=1e-4)
+
+
+def test_only_images_of_many_black_or_white_values_lift():
+    image = np.full((1, 10, 10, 1), 0.5, np.float32)
+    for value, lift in ((0.0, 1.0), (1.0, -1.0)):
+        few, many = image.copy(), image.copy()
+        few[:, :2], many[:, :3] = value, value
+        assert lift_of(few) == 0 and lift_of(many) == lift
 
 
 @given(st.integers(1, 130), st.integers(1, 130))
