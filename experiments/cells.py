@@ -63,6 +63,12 @@ COMPARED = (
     *("cifar10-l0", "cifar10-smooth", "cifar10-blend", "cifar10-all-to-all"),
     *("cifar10-seven-target", "gtsrb-all-to-all", "gtsrb-trojan-square"),
 )
+# Of `experiments/unseen.py`, those that no choice has seen.
+UNSEEN = (
+    *(f"digits-{i}" for i in range(10, 20)),
+    *(f"digits-clean-{i}" for i in range(10, 13)),
+    *("cifar10-sinusoid", "cifar10-coloured", "cifar10-shift", "cifar10-patch-0.01"),
+)
 SEEDS = (0, 1, 2)
 MORE_SEEDS = ("ibau", "ibau-published", "ft-sam", "sau")  # methods that get all of them
 
@@ -131,6 +137,7 @@ GRIDS: dict[str, tuple[Cell, ...]] = {
     "compared": tuple(compared()),
     "presets": tuple(presets()),
     "holds": tuple(Cell(model, seed=seed) for seed in (0, 1) for model in MODELS),
+    "unseen": tuple(Cell(model) for model in UNSEEN),
     "few": FEW,
     **{name: tuple(of_table(name)) for name in TABLES},
     "figure1": NAIVE,

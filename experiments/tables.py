@@ -1,11 +1,11 @@
 """Tables of the cells that were measured, as Markdown, for the pages of `experiments/` and README.
 
-    python experiments/tables.py compared|presets|holds|few|false-alarm
+    python experiments/tables.py compared|presets|holds|unseen|few|false-alarm
 
 `compared`: all defenses on the published models and seven of the zoo (`baselines.md`). `presets`:
-those of I-BAU on the published models (README). `holds`: the default on every model
-(`default.md`). Rows: `experiments/results/cells.jsonl`, of `experiments/measure.py`. The paper's
-own tables: `ibau reproduce table1`.
+those of I-BAU on the published models (README). `holds`: the default on every model, `unseen`: on
+those that no choice has seen (`default.md`). Rows: `experiments/results/cells.jsonl`, of
+`experiments/measure.py`. The paper's own tables: `ibau reproduce table1`.
 """
 
 import sys
@@ -195,7 +195,7 @@ def percent(value: float | None) -> str:
 
 VIEWS: dict[str, Callable[[Sequence[Row]], list[str]]] = {
     **{"compared": compared, "presets": presets},
-    **{"holds": holds, "few": holds, "false-alarm": means},
+    **{"holds": holds, "unseen": holds, "few": holds, "false-alarm": means},
 }
 
 

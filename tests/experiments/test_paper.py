@@ -75,7 +75,8 @@ def test_every_cell_names_a_model_and_a_method(script):
     cells, measure = script("cells"), script("measure")
     assert {method.defense for method in cells.METHODS.values()} == set(DEFENSES)
     listed = [cell for grid in cells.GRIDS.values() for cell in grid]
-    assert {cell.model for cell in listed} <= set(cells.MODELS)
+    assert {cell.model for cell in listed} <= {*cells.MODELS, *cells.UNSEEN}
+    assert set(cells.UNSEEN) <= set(script("unseen").MODELS)
     assert {cell.method for cell in listed} <= set(cells.METHODS)
     files = {path.stem for path in (EXPERIMENTS / "zoo").glob("*.safetensors")}
     assert files == set(cells.ZOO) and set(cells.PUBLISHED) == set(

@@ -151,6 +151,16 @@ def test_nnx_weights_come_and_go(name, tmp_path):
     same(load_nnx(plain, NNX, {"rate": 0.1})[1], arrays(found))
 
 
+def test_an_nnx_module_gets_its_random_numbers(tmp_path):
+    """Its metaclass hides the arguments of the class."""
+    module = nnx.Linear(2, 3, rngs=nnx.Rngs(1))
+    bytes_save(tmp_path / "w.msgpack", nnx.to_pure_dict(nnx.state(module)))
+    args = {"in_features": 2, "out_features": 3}
+    model, found, _ = load_nnx(tmp_path / "w.msgpack", "flax.nnx:Linear", args)
+    x = np.ones((4, 2), np.float32)
+    np.testing.assert_array_equal(model(found, x), module(x))
+
+
 def test_equinox_weights_come_and_go(tmp_path):
     eqx = pytest.importorskip("equinox", reason="the extra `equinox` is not installed")
     from libraries import equinox_module

@@ -58,10 +58,8 @@ def made(
     given: Mapping[str, Any] | None = None,
 ) -> Any:
     """What a class or a function that was named so gives; see `named`."""
-    more: dict[str, Any] = {}
-    with contextlib.suppress(TypeError, ValueError):  # it has no signature that can be read
-        taken = inspect.signature(call).parameters
-        more = {name: value for name, value in (given or {}).items() if name in taken}
+    taken = _arguments_of(call)
+    more = {name: value for name, value in (given or {}).items() if name in taken}
     with _folder(spec):
         try:
             found = call(**{**more, **args})
@@ -74,6 +72,16 @@ def made(
         raise InputError(
             f"{spec!r} gives a {type(found).__name__}: expected a {kind.__module__}.{kind.__name__}"
         )
+    return found
+
+
+def _arguments_of(call: Callable[..., Any]) -> set[str]:
+    """Names of the arguments, as far as they can be read."""
+    found: set[str] = set()
+    # The metaclass of NNX takes any arguments, and passes them on.
+    for function in (call, call.__init__) if inspect.isclass(call) else (call,):
+        with contextlib.suppress(TypeError, ValueError):  # it has no signature
+            found |= inspect.signature(function).parameters.keys()
     return found
 
 
