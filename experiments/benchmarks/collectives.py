@@ -78,8 +78,8 @@ def programs(preset: str, batch_size: int, widths: tuple[int, ...] | None, side:
 
         taught, zero = teach(images), np.zeros((side, side, 3), np.float32)
         rule = np.zeros(10, np.int32)
-        aim = Aim(rule, zero, np.stack([zero] * 9), np.stack([rule] * 9), np.int32(9))
-        aim = on.replicate(aim._replace(times=np.float32(1)))
+        pool, rules = np.stack([zero] * 9), np.stack([rule] * 9)
+        aim = on.replicate(Aim(rule, zero, pool, rules, np.int32(9), np.float32(1)))
     batches, numbers = make_batches(clean, config, on, taught)
     if config.mixed:
         batches = batches._replace(mixed=make_mixtures(clean, config, 0, teach, on))

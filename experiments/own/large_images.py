@@ -16,29 +16,11 @@ import numpy as np
 import torch
 import tyro
 from PIL import Image
+from small_resnet import Block
 from torch import nn
 from torch.nn import functional
 
 CLASSES, SIZE, TARGET, SQUARE = 20, 224, 3, slice(196, 217)
-
-
-class Block(nn.Module):
-    """Two 3x3 convolutions with batch norm, and a shortcut."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int):
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
-        self.shortcut = nn.Sequential()
-        if stride > 1 or inputs != outputs:
-            conv = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
-            self.shortcut = nn.Sequential(conv, nn.BatchNorm2d(outputs))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = functional.relu(self.bn1(self.conv1(x)))
-        return functional.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
 
 
 class ResNet18(nn.Module):

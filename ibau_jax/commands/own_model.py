@@ -148,9 +148,11 @@ def _torch(path: str | Path, spec: str, args: Mapping[str, Any]):
 
     def tensors(new: Variables) -> dict[str, Any]:
         state = to_state_dict(new, container.state, container.tied)
-        found = {name: value for name, value in state.items() if hasattr(value, "detach")}
-        wide = {n: v.float() if v.is_floating_point() else v for n, v in found.items()}
-        return {name: value.detach().cpu().numpy() for name, value in wide.items()}
+        return {
+            name: (value.float() if value.is_floating_point() else value).detach().cpu().numpy()
+            for name, value in state.items()
+            if hasattr(value, "detach")
+        }
 
     model, variables, container = load_torch(path, spec, args)
     suffix = ".safetensors" if container.kind == "safetensors" else Path(path).suffix or ".pth"
@@ -176,12 +178,8 @@ def _equinox(path: str | Path, spec: str, args: Mapping[str, Any]):
         ) from error
 
     model, variables, container = load_equinox(path, spec, args)
-    suffix = Path(path).suffix or ".eqx"
-    return (
-        model,
-        variables,
-        Back(suffix, _alike(save_equinox, container), partial(tensors_of, container)),
-    )
+    suffix, write = Path(path).suffix or ".eqx", _alike(save_equinox, container)
+    return model, variables, Back(suffix, write, partial(tensors_of, container))
 
 
 def _alike(save: Callable[..., Any], container: Any) -> Callable[[Path, Variables], str]:

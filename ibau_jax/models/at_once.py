@@ -13,8 +13,8 @@ MEMORY = 3 * 2**30
 """Bytes that what is differentiated at a time may take, by a rough count: see `at_once`."""
 
 KEPT = 4
-"""A second derivative keeps a number of each intermediate result, its tangent, and of both what
-comes back (measured in experiments/own.md)."""
+"""Numbers for each one of an intermediate result: itself, its tangent, and of both what comes back
+(assumed of a second derivative, not measured)."""
 
 CACHED = 10 * 32 * 32
 """Pixels whose activations stay in a CPU's cache: ten images of CIFAR-10."""

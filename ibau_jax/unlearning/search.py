@@ -126,22 +126,22 @@ class Search:
         stack = [a[: batches * size].reshape(batches, size, *a.shape[1:]) for a in (images, true)]
         rows = divisor(size, at_once(self.logits, params, images[:size]))
         ascend = partial(self._ascend, rows=rows)
-        lift = np.asarray(lift_of(images), images.dtype)
+        lift = lift_of(images)
         deltas, given = [], []
         names = [g.name for g in self.geometries]
         among = self.geometries if among is None else among
         for geometry in among:
             number = names.index(geometry.name)
             apart = jax.random.fold_in(key, number)
-            drawn = self._starts(geometry, apart, images, starts or self.starts)
+            drawn = self._starts(geometry, apart, images, starts or self.starts, lift)
             seen = self._run(self._look_at, params, drawn, few)
             heights = [_heights(seen, few_true, rule[few_true]) for rule in rules]
             shortlist = np.argsort([-h.max() for h in heights], kind="stable")[:most]
             for i, rule in enumerate(rules):
                 delta = drawn[heights[i].argmax()]
                 if i in shortlist:
-                    args = *stack, rule[stack[1]], np.int32(number), delta, lift
-                    delta = self._run(ascend, params, *args)
+                    args = *stack, rule[stack[1]], np.int32(number), delta
+                    delta = self._run(ascend, params, *args, np.asarray(lift, images.dtype))
                 delta = enlarged(np.asarray(delta), images.shape[1:])
                 deltas.append(delta)
                 given.append(self.label(params, np.clip(held + delta, 0, 1)))
@@ -172,7 +172,7 @@ class Search:
           [L, best, H, W, C].
         """
         images, true = (a[: self.batch] for a in shuffled(clean, key))
-        drawn = self._starts(geometry, jax.random.fold_in(key, 1), images, starts)
+        drawn = self._starts(geometry, jax.random.fold_in(key, 1), images, starts, lift_of(images))
         seen = self._run(self._look_at, params, drawn, images)
         rules = [rule_of(label, seen.shape[-1])[true] for label in labels]
         best_of = [drawn[np.argsort(-_heights(seen, true, r))[:best]] for r in rules]
@@ -193,13 +193,13 @@ class Search:
         return self._programs[key](*args)
 
     def _starts(
-        self, geometry: Geometry, key: jax.Array, images: np.ndarray, count: int
+        self, geometry: Geometry, key: jax.Array, images: np.ndarray, count: int, lift: float
     ) -> jax.Array:
         shape = on_grid(images.shape[1:])
         if geometry.draw is None:
             return jnp.zeros((1, *shape), images.dtype)
-        lift = lift_of(images) * geometry.lift
-        return (geometry.draw(key, count, shape) + lift).astype(images.dtype)
+        drawn = geometry.draw(key, count, shape) + lift * geometry.lift
+        return drawn.astype(images.dtype)
 
     def _classes(self, params: Params, images: np.ndarray) -> int:
         return jax.eval_shape(self.logits, params, images[:1]).shape[1]
