@@ -82,7 +82,7 @@ def stand_in(name: str, dataset: str, zoo: Path) -> str:
 
 
 def train_stand_ins(names: Iterable[str], dataset: str, zoo: Path, epochs: int = 3) -> None:
-    """Train what is missing of the models that stand for others, half a minute each.
+    """Train what is missing of the models that stand for others, seconds each.
 
     The seven targets are led to by those triggers that need no model to be made.
     """
@@ -99,7 +99,15 @@ def train_stand_ins(names: Iterable[str], dataset: str, zoo: Path, epochs: int =
         else:
             scenario = "one-target" if scenario == "badnets" else scenario
             attacks = make_attacks(dataset, "badnets", scenario)
-        train_model(out, dataset, attacks, epochs=epochs, keep_states=False, progress=True)
+        train_model(
+            out,
+            dataset,
+            attacks,
+            epochs=epochs,
+            architecture="vgg-mini",
+            keep_states=False,
+            progress=True,
+        )
 
 
 def measure(

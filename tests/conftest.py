@@ -38,11 +38,14 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
-from ibau_jax.attacks import Attack, Trigger, poison
+from ibau_jax.attacks import Attack, Trigger, make_attack, poison
 from ibau_jax.data import Dataset, load
 from ibau_jax.defenses.run import Job
 from ibau_jax.devices.mesh import devices
+from ibau_jax.models.architectures import build
+from ibau_jax.models.files import save_model
 from ibau_jax.models.model import Classifier
+from ibau_jax.models.stored import StoredModel
 from ibau_jax.models.vgg import VGG
 from ibau_jax.results.metrics import evaluator
 from ibau_jax.training.train import TrainConfig, train
@@ -132,9 +135,10 @@ def linear():
     return logits, params, Dataset(images, labels)
 
 
-def random_variables(classes: int = 10, seed: int = 0) -> dict:
+def random_variables(classes: int = 10, seed: int = 0, name: str = "vgg") -> dict:
     """Flax variables of a VGG with random weights, without compiling its initialisation."""
-    shapes = jax.eval_shape(VGG(classes).init, jax.random.key(0), jax.numpy.zeros((1, 32, 32, 3)))
+    images = jax.numpy.zeros((1, 32, 32, 3))
+    shapes = jax.eval_shape(build(name, classes).init, jax.random.key(0), images)
     rng = np.random.default_rng(seed)
 
     def draw(path, leaf):
@@ -151,16 +155,15 @@ def random_variables(classes: int = 10, seed: int = 0) -> dict:
 
 @pytest.fixture(scope="session")
 def digits_model(tmp_path_factory) -> Path:
-    """A model file for `digits` with random weights and the BadNets trigger."""
-    from ibau_jax.attacks import make_attack
-    from ibau_jax.models.files import save_model
-    from ibau_jax.models.stored import StoredModel
-
+    """A file of a small model for `digits` with random weights and the BadNets trigger."""
     path = tmp_path_factory.mktemp("model") / "random.safetensors"
-    model = StoredModel(
-        random_variables(), "vgg", 10, "digits", (make_attack("badnets", 10),), {"seed": 0}
-    )
-    return save_model(path, model)
+    return save_model(path, small_stored((make_attack("badnets", 10),), {"seed": 0}))
+
+
+def small_stored(attacks: tuple[Attack, ...] = (), info: dict | None = None) -> StoredModel:
+    """With random weights, for `digits`: what is to be compiled for it is small."""
+    name = "vgg-mini"
+    return StoredModel(random_variables(name=name), name, 10, "digits", attacks, info or {})
 
 
 SMALL = VGG(10, widths=(8, 16), dropout=(0.0, 0.0))

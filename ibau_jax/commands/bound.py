@@ -11,6 +11,7 @@ from ibau_jax.data import load
 from ibau_jax.errors import InputError
 from ibau_jax.models.files import load_model
 from ibau_jax.models.model import of_params
+from ibau_jax.models.vgg import VGG
 from ibau_jax.unlearning.batches import make_batches, resolve, shuffled
 from ibau_jax.unlearning.bounds import vgg_bound
 from ibau_jax.unlearning.config import IBAUConfig
@@ -29,7 +30,7 @@ def bound(
 ) -> dict[str, Any]:
     """Theorem 3 on a model: every term, at the perturbation that the untargeted ascent finds."""
     loaded = load_model(model)
-    if loaded.architecture != "vgg":
+    if not isinstance(loaded.module, VGG):
         raise InputError(
             f"the model {str(model)!r} is a {loaded.architecture}: expected a vgg, since the bound "
             "is of networks whose layers follow each other",

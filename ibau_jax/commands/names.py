@@ -10,4 +10,4 @@ DEFENSES = (
     *("ibau", "finetune", "neural-cleanse", "deepinspect", "tabor", "fine-pruning", "nad"),
     *("dp-sgd", "naive", "ft-sam", "sau", "anp", "clp"),
 )
-ARCHITECTURES = ("vgg", "preact-resnet18", "preact-resnet18-16", "vit-tiny", "vit-mini")
+ARCHITECTURES = ("vgg", "vgg-mini", "preact-resnet18", "preact-resnet18-16", "vit-tiny", "vit-mini")

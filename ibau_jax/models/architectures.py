@@ -13,6 +13,7 @@ from ibau_jax.models.vit import ViT
 
 ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
     "vgg": VGG,  # the paper's
+    "vgg-mini": partial(VGG, widths=(16,), dropout=(0.3,)),  # its first block, for quick trials
     "preact-resnet18": PreActResNet,  # the benchmarks'
     "preact-resnet18-16": partial(PreActResNet, widths=(16, 32, 64, 128)),  # a quarter as wide
     "vit-tiny": ViT,  # DeiT-Ti's width, depth and heads

@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 import pytest
 from command_line import refused, run
-from conftest import random_variables
+from conftest import random_variables, small_stored
 from PIL import Image
 
 from ibau_jax.attacks import ATTACKS, Attack, Trigger, badnets_square, blend
@@ -55,12 +55,15 @@ def test_defend_writes_everything(defended, digits_model):
     for when in ("before", "after"):
         assert set(found[when]) == {"acc", "asr", "asr_excl", "ra", "n"}
     assert found["before"]["n"] == 40
-    (record,) = found["rounds"]
+    records = found["rounds"]  # one a stage
+    assert len(records) == found["diagnostics"]["stages"]
     keys = ["round", "acc", "asr", "asr_excl", "ra", "delta_norm", "seconds"]
-    assert list(record) == keys and record["acc"] == found["after"]["acc"]
-    assert found["seconds"] == record["seconds"] > 0 and found["compile_seconds"] > 0
+    assert all(list(record) == keys and record["seconds"] > 0 for record in records)
+    assert records[-1]["acc"] == found["after"]["acc"]
+    assert found["seconds"] == pytest.approx(sum(record["seconds"] for record in records))
+    assert found["compile_seconds"] > 0
     rows = read_rows(out)
-    assert [r["round"] for r in rows] == [0, 1]
+    assert [r["round"] for r in rows] == [*range(len(records) + 1)]
     expected = """experiment dataset attack scenario defense preset seed n_clean poison_ratio round
         acc asr asr_excl ra der seconds compile_seconds device num_devices versions model_hash
         config"""
@@ -190,6 +193,8 @@ def test_train_then_evaluate(capsys, tmp_path):
         "train",
         "--dataset",
         "digits",
+        "--architecture",
+        "vgg-mini",
         "--target",
         3,
         "--epochs",
@@ -222,9 +227,7 @@ def test_evaluate_with_a_picture_as_trigger(capsys, digits_model, tmp_path):
 def test_evaluate_takes_the_attack_of_the_file(capsys, tmp_path):
     trigger = Trigger("add", np.full((32, 32, 3), 0.1, np.float32))
     attacks = (Attack("l2", trigger, 3), Attack("badnets", badnets_square(), 4))
-    path = save_model(
-        tmp_path / "m.safetensors", StoredModel(random_variables(), "vgg", 10, "digits", attacks)
-    )
+    path = save_model(tmp_path / "m.safetensors", small_stored(attacks))
     common = ["evaluate", "--model", path, "--split", "test[760:]", "--json"]
     found = json.loads(run(capsys, *common)[1])
     assert found["target"] == [3, 4] and set(found["by_attack"]) == {"l2", "badnets"}
@@ -461,8 +464,7 @@ def test_paths_in_the_home_folder(capsys, digits_model, tmp_path, monkeypatch):
 
 def test_evaluate_keeps_all_to_all_with_another_trigger(capsys, tmp_path):
     attack = Attack("badnets", badnets_square(), None, 10)
-    model = StoredModel(random_variables(), "vgg", 10, "digits", (attack,))
-    path = save_model(tmp_path / "m.safetensors", model)
+    path = save_model(tmp_path / "m.safetensors", small_stored((attack,)))
     trigger = badnets_square().pattern  # the same picture, under the name of another attack
     picture = np.concatenate([trigger, trigger[..., :1]], -1)
     Image.fromarray((255 * picture).astype(np.uint8)).save(tmp_path / "smooth.png")
@@ -510,8 +512,7 @@ def test_a_full_disk_is_told_in_one_line(capsys, defended, monkeypatch):
 
 
 def test_evaluate_refuses_a_trigger_without_a_target(capsys, tmp_path):
-    clean = StoredModel(random_variables(), "vgg", 10, "digits")
-    path = save_model(tmp_path / "m.safetensors", clean)
+    path = save_model(tmp_path / "m.safetensors", small_stored())
     Image.new("RGB", (32, 32)).save(tmp_path / "t.png")
     line = refused(capsys, "evaluate", "--model", path, "--trigger", tmp_path / "t.png")
     assert "--target" in line

@@ -204,7 +204,7 @@ def test_sigkill_then_resume_is_bit_for_bit(tmp_path):
     """The real command, killed in the middle of an epoch."""
     often = "from ibau_jax.commands import cli; from ibau_jax.training import states; "
     often += "states.SECONDS = 0.1; cli.run()"
-    options = ["train", "--epochs", "2", "--json", "--out"]
+    options = ["train", "--architecture", "vgg-mini", "--epochs", "2", "--json", "--out"]
     command = [sys.executable, "-m", "ibau_jax", *options]
     killed, whole = tmp_path / "killed.safetensors", tmp_path / "whole.safetensors"
     states = tmp_path / "killed.safetensors.checkpoints"
@@ -281,7 +281,8 @@ def test_copies_have_their_own_poisoned_rows(monkeypatch, tmp_path, digits_model
     monkeypatch.setattr(command, "train", end)
     attack = Attack("badnets", badnets_square(), None, 10)
     out, clean = tmp_path / "m.safetensors", load("digits", "train")
-    found = command.train_model(out, "digits", (attack,), poison_ratio=0.2, copies=6, seed=1)
+    options = {"architecture": load_model(digits_model).architecture, "copies": 6, "seed": 1}
+    found = command.train_model(out, "digits", (attack,), poison_ratio=0.2, **options)
     count = len(clean.labels)
     assert seen["epochs"] == found["epochs"] == 4  # of 24
     assert found["images_per_second"] == 6 * 4 * count
