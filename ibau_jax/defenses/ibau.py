@@ -59,7 +59,7 @@ def unlearn(job: Job) -> Rounds:
         f"{shown(config.outer_optimizer)}; choose a smaller rate, or clip=1.0"
     )
     given, held = params, None
-    if back := int(config.held_back * len(clean.labels)):
+    if back := config.held(len(clean.labels)):
         held_key, key = jax.random.split(key)
         held, clean = parted(clean, held_key, back)
     if config.shuffle:
@@ -124,7 +124,8 @@ def unlearn(job: Job) -> Rounds:
                     hunt.between(params)
                 goes_on = ends and hunt is not None and hunt.goes_on(params)
                 if ends and not goes_on and hunt and held is not None:
-                    budget = config.budget if hunt.evidence.suspects else None
+                    params = hunt.settled(params, right)
+                    budget = config.budget if hunt.suspects else None
                     bears = partial(bearable, right, right(given), budget=budget)
                     params, kept = roll_back(bears, given, params)
                 if held is not None:

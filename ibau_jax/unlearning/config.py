@@ -65,7 +65,8 @@ class IBAUConfig:
       mixed: weight of a further loss, of mixtures of two clean images (half as many as a batch has
         images) against the given model's own probabilities for them: it keeps the model as it was
         between the few clean images too.
-      held_back: share of the clean set that nothing is trained on, to measure the accuracy.
+      held_back: share of the clean set that nothing is trained on, to measure the accuracy; see
+        `held`.
       budget: of the accuracy on it, what may be lost where something was found, beside one standard
         error; of more, the way is gone back. Where nothing stands out, none may.
       outer_optimizer: beta, of the parameters: any `Optimizer`, such as `Adam(1e-3)` or
@@ -139,6 +140,13 @@ class IBAUConfig:
     def rows_multiple(self) -> int:
         """Batches have a multiple of this many rows (padded with weight 0)."""
         return self.microbatch if isinstance(self.microbatch, int) else 1
+
+    def held(self, count: int) -> int:
+        """How many of `count` clean images are held back: of few twice the share, up to 200.
+
+        On 100 images the error of an accuracy is up to five points, more than the budget.
+        """
+        return max(int(self.held_back * count), min(200, int(2 * self.held_back * count)))
 
     @classmethod
     def untargeted(cls) -> "IBAUConfig":

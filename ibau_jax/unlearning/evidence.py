@@ -90,6 +90,13 @@ class Evidence(NamedTuple):
         return tuple(int(label) for label in order if self.score[label] >= 1)[:MOST]
 
     @property
+    def nearly(self) -> tuple[int, ...]:
+        """Where nothing reaches a level, but something comes near: that label, or `UNTARGETED`."""
+        if self.verdict != "uncertain":
+            return ()
+        return (int(self.score.argmax()) if self.score.max() >= NEAR else UNTARGETED,)
+
+    @property
     def flagged(self) -> list[int]:
         """The labels among the suspects."""
         return [label for label in self.suspects if label != UNTARGETED]

@@ -1,5 +1,6 @@
 """The search in I-BAU: what it searches for, how far it goes, and what it says in the end."""
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,6 +18,7 @@ from ibau_jax.defenses import hunt
 from ibau_jax.defenses.guard import bearable, roll_back
 from ibau_jax.defenses.hunt import Hunt
 from ibau_jax.defenses.run import Job
+from ibau_jax.defenses.verdict import verdict_of
 from ibau_jax.devices.mesh import devices
 from ibau_jax.models.model import opened
 from ibau_jax.unlearning.batches import UNTARGETED
@@ -63,6 +65,33 @@ def test_of_accuracy_no_more_is_lost_than_the_budget_beyond_doubt(lost, won, bud
     assert bearable({"after": after}.__getitem__, before, "after", budget) == bears
 
 
+@pytest.mark.parametrize(
+    ("strength", "suspects", "left", "undone", "kept", "verdict", "told"),
+    [
+        (0.0, [], {}, [], 1, "was-clean", "nothing stands out"),
+        (0.9, [1], {1: 0.3}, [], 1, "cleaned", "; now a fresh search comes to 0.30"),
+        (0.9, [1], {1: 0.9}, [], 1, "not-cleaned", "still comes to 0.90 .* towards label 1"),
+        (0.9, [1, 4], {1: 0.1, 4: 1.1}, [4], 1, "not-cleaned", "label 4; to unlearn label 4 too"),
+        (0.9, [1, 4, 5], {1: 0.1, 4: 0.2}, [4, 5], 1, "cleaned", "to unlearn labels 4, 5 too"),
+        (0.9, [1], {1: 0.1}, [], 0.5, "cleaned", "; only 50% of the way was gone"),
+        (0.53, [1], {1: 0.1}, [], 1, "cleaned", "not by much; .*; what comes near was unlearned"),
+        (0.0, [UNTARGETED], {UNTARGETED: 1.2}, [], 1, "not-cleaned", "1.20 of such a level$"),
+    ],
+)
+def test_how_it_ended_is_told(strength, suspects, left, undone, kept, verdict, told):
+    strengths = np.zeros((len(LEVELS), 10))
+    strengths[0, 1] = strength
+    many = UNTARGETED in suspects
+    evidence = Evidence(strengths, 0.9 * many, 1.0 - many, np.zeros(10, np.int32), [])
+    found, reason = verdict_of(evidence, suspects, left, undone, kept)
+    assert found == verdict and re.search(told, reason), reason
+
+
+@pytest.mark.parametrize(("count", "held"), [(100, 20), (1000, 200), (1500, 200), (5000, 500)])
+def test_of_few_images_more_are_held_back(count, held):
+    assert IBAUConfig().held(count) == held and IBAUConfig.untargeted().held(count) == 0
+
+
 def test_it_removes_a_backdoor_and_says_so():
     found = unlearn(MODEL, small_model(0, True), clean(), config=QUICK, key=KEY)
     before, after = measure(small_model(0, True)), measure(found.params)
@@ -89,7 +118,8 @@ def test_a_budget_of_nothing_goes_back():
     [
         (0.3, [(0.3, 0.2)], [1], "cleaned"),  # label 0 fell with label 1
         (0.3, [(1.2, 0.2), (0.3, 0.2)], [1], "cleaned"),  # once more
-        (0.3, [(0.3, 1.1), (0.3, 0.2)], [1, 0], "cleaned"),
+        (0.3, [(0.3, 1.1), (0.3, 0.2)], [1, 0], "cleaned"),  # and what was unlearned with it
+        (0.5, [(0.3, 0.2), (0.3, 0.2)], [1, 0], "cleaned"),  # it may stand
         (0.9, [(0.3, 0.2), (0.3, 0.2)], [1, 0], "cleaned"),  # it stood for long
         (0.9, [(1.2, 0.2), (0.3, 0.2)], [1, 0], "cleaned"),
         (0.9, [(1.2, 0.2), (1.2, 0.2)], [1, 0], "not-cleaned"),
@@ -118,10 +148,10 @@ def test_what_is_left_of_the_suspects_is_the_matter_of_the_next_stage(
 
         def drawn(self, params, clean, labels, geometry, *, key, starts, best):
             at_given = jax.tree.leaves(params)[0] is given[0]
-            assert geometry == hunt.SQUARE and len(labels) > 1 and at_given == (late > 0.6)
+            assert geometry == hunt.SQUARE and len(labels) > 1 and at_given == (late > 0.4)
             return np.zeros((len(labels), best, 16, 16, 1))
 
-    scores = iter(left)
+    scores = iter([*left, left[-1]])
     monkeypatch.setattr(hunt, "Search", lambda *args, **kwargs: Fake())
     monkeypatch.setattr(hunt, "look", lambda *args, **kwargs: evidence)
     fresh = Perturbation(window.delta, 1, 0.9, "5x5 window")
@@ -138,9 +168,9 @@ def test_what_is_left_of_the_suspects_is_the_matter_of_the_next_stage(
     for stage in range(len(left)):
         assert at.goes_on(end) == (stage < len(left) - 1)
         if not stage and len(left) == 2:  # what goes on is what still stands, and the others
-            stands = [label for label, score in zip([1, 0], left[0], strict=True) if score >= 1]
-            assert at.targets == ((1, 0) if late > 0.6 else tuple(stands))
-            assert at.anew == (late > 0.6)
+            assert at.targets == ((1, 0) if late > 0.4 or left[0][1] >= 1 else (1,))
+            assert at.anew == (late > 0.4)
+    assert at.settled(end, lambda params: np.ones(9, bool)) is end  # it cost no accuracy
     told = at.told(end, 1.0)
     assert told["suspects"] == [1, 0] and told["flagged"] == flagged
     assert told["stages"] == len(left) and told["verdict"] == verdict
@@ -157,6 +187,15 @@ def test_what_is_left_of_the_suspects_is_the_matter_of_the_next_stage(
     new = at.pool[before:]
     assert [one.label for one in new] == (at.led if several else [])
     assert all(one.delta is delta for one, delta in zip(new, deltas, strict=False))
+    # Where it cost accuracy, the second stage is taken back, unless it is certain that there is
+    # another target, or something was left of the first one.
+    last = jax.tree.map(np.copy, end)
+    settled = at.settled(last, lambda params: np.full(9, params is end))
+    back = flagged == [1, 0] and late < 0.6 and left[0][0] < 1
+    assert settled is (end if back else last)
+    told = at.told(settled, 1.0)
+    assert ("to unlearn label 0 too cost accuracy" in told["reason"]) == back
+    assert told["flagged"] == ([1] if back else flagged)
 
 
 def test_few_images():

@@ -35,18 +35,18 @@ def evidence(strength=0.0, misled=0.0, same=1.0):
 
 
 @pytest.mark.parametrize(
-    ("found", "verdict", "said"),
+    ("found", "verdict", "nearly", "said"),
     [
-        (evidence(0.3), "clean", "nothing stands out; a 3x3 window leads 30%"),
-        (evidence(0.55), "uncertain", "nothing stands out, but not by much; a 3x3 window"),
-        (evidence(0.7), "backdoored", "a 3x3 window leads 70%"),
-        (evidence(misled=0.9, same=0.1), "backdoored", "9 pixels lead 90%"),
-        (evidence(misled=0.65, same=0.1), "uncertain", "nothing stands out, but"),
-        (evidence(misled=0.65, same=0.9), "clean", "nothing stands out;"),
+        (evidence(0.3), "clean", (), "nothing stands out; a 3x3 window leads 30%"),
+        (evidence(0.55), "uncertain", (2,), "nothing stands out, but not by much; a 3x3 window"),
+        (evidence(0.7), "backdoored", (), "a 3x3 window leads 70%"),
+        (evidence(misled=0.9, same=0.1), "backdoored", (), "9 pixels lead 90%"),
+        (evidence(misled=0.65, same=0.1), "uncertain", (UNTARGETED,), "nothing stands out, but"),
+        (evidence(misled=0.65, same=0.9), "clean", (), "nothing stands out;"),
     ],
 )
-def test_verdict(found, verdict, said):
-    assert found.verdict == verdict
+def test_verdict(found, verdict, nearly, said):
+    assert (found.verdict, found.nearly) == (verdict, nearly)
     assert found.reason.startswith(said)
     assert ("label 2 (a target from 60% on)" in found.reason) == (found.strength.max() > 0)
 

@@ -1,0 +1,45 @@
+"""How a run ended, in a word and in a sentence; it knows no trigger."""
+
+from collections.abc import Mapping, Sequence
+
+from ibau_jax.unlearning.batches import UNTARGETED
+from ibau_jax.unlearning.evidence import NEAR, Evidence
+
+
+def verdict_of(
+    evidence: Evidence,
+    suspects: Sequence[int],
+    left: Mapping[int, float],
+    undone: Sequence[int],
+    kept: float,
+) -> tuple[str, str]:
+    """`cleaned`, `was-clean` or `not-cleaned`, and why.
+
+    Args:
+      evidence: of the search before all else.
+      suspects: what was held for a target: its own, or what comes near to a level.
+      left: how near a fresh search comes to a level with each of them in the end.
+      undone: labels whose unlearning was taken back.
+      kept: the share of the way that was gone.
+    """
+    reason = [evidence.reason]
+    if suspects and not evidence.suspects:
+        reason.append("what comes near was unlearned all the same")
+    if not suspects:
+        verdict = "was-clean"
+    else:
+        where = max(left, key=lambda label: left[label])
+        cleaned = left[where] < NEAR
+        verdict = "cleaned" if cleaned else "not-cleaned"
+        towards = "" if cleaned or where == UNTARGETED else f" towards label {where}"
+        now = "now a fresh search" if cleaned else "a fresh search still"
+        reason.append(f"{now} comes to {left[where]:.2f} of such a level{towards}")
+    if undone:
+        labels = ("label " if len(undone) == 1 else "labels ") + ", ".join(map(str, undone))
+        reason.append(f"to unlearn {labels} too cost accuracy on held-back images and was undone")
+    if kept < 1:
+        reason.append(
+            f"only {kept:.0%} of the way was gone, since more costs too much accuracy on "
+            "held-back images"
+        )
+    return verdict, "; ".join(reason)
