@@ -1,6 +1,8 @@
 """What a model says of any number of images, batch by batch."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -27,7 +29,7 @@ def probabilities(logits: Logits, batch_size: int | None = None) -> Run:
 
 def usual_batch() -> int:
     """The batch size that suits the backend's memory."""
-    return 20 if jax.default_backend() == "cpu" else 500
+    return 10 if jax.default_backend() == "cpu" else 500
 
 
 def _in_batches(function: Callable, batch_size: int | None) -> Run:
@@ -40,12 +42,41 @@ def _in_batches(function: Callable, batch_size: int | None) -> Run:
         if not len(images):
             shape = jax.eval_shape(function, params, images)
             return np.empty(shape.shape, shape.dtype)
-        found = []
-        for start in range(0, len(images), batch_size):
+
+        def call(start: int) -> jax.Array:
             batch = np.asarray(images[start : start + batch_size])
             short = batch_size - len(batch) if start else 0  # one shape, one compilation
             batch = np.pad(batch, [(0, short)] + [(0, 0)] * (batch.ndim - 1))
-            found.append(compiled(params, batch)[: batch_size - short])
-        return np.concatenate([np.asarray(f) for f in found])
+            return compiled(params, batch)[: batch_size - short]
+
+        first = call(0)
+        rest = _in_threads(call, range(batch_size, len(images), batch_size))
+        return np.concatenate([np.asarray(found) for found in (first, *rest)])
 
     return run
+
+
+def _in_threads(call: Callable[[int], jax.Array], starts: Iterable[int]) -> list[jax.Array]:
+    """Each call; on a CPU one in a thread for each core.
+
+    What XLA spreads over the cores itself, operation by operation, takes 1.4 times as long there
+    (two cores, the paper's VGG). Accelerators compute while the next call is made.
+    """
+    if jax.default_backend() != "cpu":
+        return [call(start) for start in starts]
+    config: Any = jax.config
+    wide, precision = config.jax_enable_x64, config.jax_default_matmul_precision
+
+    def computed(start: int) -> jax.Array:
+        # A thread does not see what was set with `with` in another one.
+        with jax.enable_x64(wide), jax.default_matmul_precision(precision):
+            return call(start).block_until_ready()
+
+    with ThreadPoolExecutor(_cores()) as pool:
+        return list(pool.map(computed, starts))
+
+
+def _cores() -> int:
+    """Those that this process may use."""
+    told = getattr(os, "sched_getaffinity", None)
+    return len(told(0)) if told else os.cpu_count() or 1

@@ -1,12 +1,13 @@
 """ACC, ASR, ASR without target-class images, RA and DER on logits made by hand."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ibau_jax import Dataset, InputError
 from ibau_jax.attacks import Attack, Trigger
-from ibau_jax.models.predict import predict
+from ibau_jax.models.predict import predict, probabilities
 from ibau_jax.results.metrics import Metrics, defense_effectiveness, evaluator
 
 # One pixel says the class; the trigger adds to it, so the "model" reads image * 10.
@@ -36,6 +37,17 @@ def test_by_hand():
 def test_batch_size_does_not_matter(batch_size):
     classes = np.arange(7)
     np.testing.assert_array_equal(predict(logits, batch_size)(0.0, images_of(classes)), classes)
+
+
+def test_all_batches_are_in_the_precision_that_was_set(x64):
+    """They are computed in threads, which do not see what was set with `with`."""
+    draw = np.random.default_rng(0)
+    weights, images = draw.normal(size=(4, 3)), draw.uniform(size=(50, 4))
+    with jax.default_matmul_precision("highest"):
+        found = probabilities(lambda w, x: x @ w, 20)(weights, images)
+    powers = np.exp(images @ weights)
+    assert found.dtype == np.float64
+    np.testing.assert_allclose(found, powers / powers.sum(-1, keepdims=True), rtol=1e-14)
 
 
 def test_empty_split_is_refused():
