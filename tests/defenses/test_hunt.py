@@ -274,7 +274,7 @@ def on_many_devices():
     shorten(setattr)
     params, data = small_model(0, True), clean()
     data = Dataset(data.images[:60], data.labels[:60])
-    config = replace(QUICK, rounds=1, batch_size=18)
+    config = replace(QUICK, rounds=1, batch_size=18, stages=1)
     one, four = (
         unlearn(MODEL, params, data, config=config, key=KEY, devices=devices(n)) for n in (1, 4)
     )
