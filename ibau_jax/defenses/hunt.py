@@ -50,10 +50,20 @@ class Hunt:
     shows that there may be other targets, all suspects are the matter of the next stage, which
     begins `anew`, at the given parameters: what the first one left of the others, a search finds
     badly. Where that is not certain, what the later stages did is kept only if it cost no accuracy.
+
+    Args:
+      right: of `bearable`; None: no images are held back.
     """
 
-    def __init__(self, job: Job, clean: Dataset, config: IBAUConfig, num_batches: int):
-        logits = of_params(job.model, job.variables)
+    def __init__(
+        self,
+        job: Job,
+        clean: Dataset,
+        config: IBAUConfig,
+        num_batches: int,
+        right: Callable[[Params], np.ndarray] | None = None,
+    ):
+        logits, self.right = of_params(job.model, job.variables), right
         self.job, self.clean, self.config, self.num_batches = job, clean, config, num_batches
         self.rounds = config.rounds or 1
         self.search = Search(logits, GEOMETRIES, compiling=job.compiling)
@@ -132,8 +142,8 @@ class Hunt:
     def goes_on(self, params: Params) -> bool:
         """After a stage: search once more; is there something left, and a stage to unlearn it?
 
-        Other targets than the first get all stages: a search says of each what it finds, and not
-        what there is.
+        Other targets than the first get all stages, unless to unlearn them is seen to cost too
+        much: a search says of each what it finds, and not what there is.
         """
         fresh = self._score(params)
         self.stage += 1
@@ -141,6 +151,8 @@ class Hunt:
         self.others = self.others or self.anew
         still = [label for label, score in self.left.items() if score >= NEAR or self.anew]
         if not (still or self.others) or self.stage == self.config.stages:
+            return False
+        if self.stage > 1 and self._costs_too_much(params):
             return False
         if self.stage == 1 and self.left[self.unlearned[0]] < NEAR:
             self.first = params
@@ -170,18 +182,16 @@ class Hunt:
         self.certain = latest >= CERTAIN
         return latest >= SUSPECTED
 
-    def settled(self, params: Params, right: Callable[[Params], np.ndarray]) -> Params:
-        """Of the parameters after the last stage and after the first one those to be returned.
+    def settled(self, params: Params) -> Params:
+        """Of the parameters after the last stage and after the first one those to be returned."""
+        self.back = self._costs_too_much(params)
+        return self.first if self.first is not None and self.back else params
 
-        Args:
-          right: of `bearable`.
-        """
-        if self.first is None or self.certain:
-            return params
-        if bearable(right, right(self.first), params, budget=0.0):
-            return params
-        self.back = True
-        return self.first
+    def _costs_too_much(self, params: Params) -> bool:
+        """Have the later stages cost accuracy for what may be no target?"""
+        if self.first is None or self.right is None or self.certain:
+            return False
+        return not bearable(self.right, self.right(self.first), params, budget=0.0)
 
     def _score(self, params: Params) -> list[Perturbation]:
         """Search afresh: take down how near it comes to a level with each suspect; its finds."""

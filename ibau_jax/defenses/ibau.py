@@ -80,12 +80,13 @@ def unlearn(job: Job) -> Rounds:
         init = jax.jit(algorithm.init)
         state = devices.replicate(init(params, key))
         size = jax.jit(config.ball.size).lower(clean.images[0]).compile()
-    hunt = Hunt(job, clean, config, len(sizes)) if config.searched else None
     label, kept = predict(logits), 1.0
 
     def right(params: Params) -> np.ndarray:
         return label(params, held.images) == held.labels if held else np.ones(0, bool)
 
+    seen = right if held else None
+    hunt = Hunt(job, clean, config, len(sizes), seen) if config.searched else None
     deltas: list[np.ndarray] = []
     if hunt:
         hunt.look(params)
@@ -124,7 +125,7 @@ def unlearn(job: Job) -> Rounds:
                     hunt.between(params)
                 goes_on = ends and hunt is not None and hunt.goes_on(params)
                 if ends and not goes_on and hunt and held is not None:
-                    params = hunt.settled(params, right)
+                    params = hunt.settled(params)
                     budget = config.budget if hunt.suspects else None
                     bears = partial(bearable, right, right(given), budget=budget)
                     params, kept = roll_back(bears, given, params)

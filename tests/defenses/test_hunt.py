@@ -162,7 +162,12 @@ def test_what_is_left_of_the_suspects_is_the_matter_of_the_next_stage(
     job = Job(model, variables, clean(), QUICK, KEY, devices(1), 10)
     given = jax.tree.leaves(variables["params"])
     end = jax.tree.map(lambda a: 0 * a, variables["params"])
-    at = Hunt(job, job.clean, replace(QUICK, stages=2), 5)
+    costs = []  # parameters that are right on no image
+
+    def right(params):
+        return np.full(9, not any(params is one for one in costs))
+
+    at = Hunt(job, job.clean, replace(QUICK, stages=2), 5, right)
     at.look(variables["params"])
     assert at.targets == (1,)
     for stage in range(len(left)):
@@ -170,7 +175,8 @@ def test_what_is_left_of_the_suspects_is_the_matter_of_the_next_stage(
         if not stage and len(left) == 2:  # what goes on is what still stands, and the others
             assert at.targets == ((1, 0) if late > 0.4 or left[0][1] >= 1 else (1,))
             assert at.anew == (late > 0.4)
-    assert at.settled(end, lambda params: np.ones(9, bool)) is end  # it cost no accuracy
+    last = jax.tree.map(np.copy, end)
+    assert at.settled(last) is last  # it cost no accuracy
     told = at.told(end, 1.0)
     assert told["suspects"] == [1, 0] and told["flagged"] == flagged
     assert told["stages"] == len(left) and told["verdict"] == verdict
@@ -189,13 +195,30 @@ def test_what_is_left_of_the_suspects_is_the_matter_of_the_next_stage(
     assert all(one.delta is delta for one, delta in zip(new, deltas, strict=False))
     # Where it cost accuracy, the second stage is taken back, unless it is certain that there is
     # another target, or something was left of the first one.
-    last = jax.tree.map(np.copy, end)
-    settled = at.settled(last, lambda params: np.full(9, params is end))
+    costs.append(last)
+    settled = at.settled(last)
     back = flagged == [1, 0] and late < 0.6 and left[0][0] < 1
     assert settled is (end if back else last)
     told = at.told(settled, 1.0)
     assert ("to unlearn label 0 too cost accuracy" in told["reason"]) == back
     assert told["flagged"] == ([1] if back else flagged)
+
+
+def test_a_stage_that_costs_too_much_is_the_last(monkeypatch):
+    """Of three, where it is not certain that there are other targets."""
+    none = Evidence(np.zeros((len(LEVELS), 10)), 0.0, 1.0, np.zeros(10, np.int32), [])
+    monkeypatch.setattr(Hunt, "_score", lambda self, params: [])
+    monkeypatch.setattr(Hunt, "_refresh", lambda self, params: None)
+    monkeypatch.setattr(Hunt, "_other_targets", lambda self, params: True)
+    model, variables = opened(MODEL, small_model(0, True))
+    job = Job(model, variables, clean(), QUICK, KEY, devices(1), 10)
+    for bad, certain, goes_on in ((True, False, False), (False, False, True), (True, True, True)):
+        first, second = {"w": 1.0}, {"w": float(not bad)}
+        at = Hunt(job, job.clean, QUICK, 5, lambda params: np.full(9, params["w"] == 1))
+        at.evidence, at.left, at.certain = none, {1: 0.0, 0: 0.0}, certain
+        at._unlearn((1,))
+        assert at.goes_on(first) and at.targets == (1, 0)
+        assert at.goes_on(second) == goes_on
 
 
 def test_few_images():
