@@ -31,9 +31,9 @@ from ibau_jax.unlearning.objective import Aim
 from ibau_jax.unlearning.search import Search, kept_of, rule_of, share
 
 # What leads to a label at `MOST_OF_THE_WAY` may be of another target from so much of a level on.
-# The largest on one-target VGGs is .52; on two seven-target ones .65 and 1.40, but on two small
-# networks of one target 1.00 and 1.11 (experiments/default.md).
-MOST_OF_THE_WAY, SUSPECTED, CERTAIN = 0.7, 0.6, 1.25
+# The largest on one-target VGGs is .52; on two seven-target ones .65 and 1.40, but on three small
+# networks of one target 1.00, 1.11 and 1.24 (experiments/default.md).
+MOST_OF_THE_WAY, SUSPECTED, CERTAIN = 0.7, 0.6, 1.3
 # Where there are several targets, each has few ascents and a small part of the pool. So more images
 # carry something, what leads to its label no more is left out of the pool, and searches are wider.
 # The strongest window is of many colours, and to unlearn it leaves a trigger of one colour (the
