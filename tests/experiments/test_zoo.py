@@ -119,6 +119,7 @@ def test_figures_are_those_of_the_file():
 
 def test_a_model_is_made_once_and_no_training_is_lost(zoo, tmp_path, monkeypatch):
     options = {"--attack": "badnets", "--target": "3", "--epochs": "1"}
+    options["--architecture"] = "vgg-mini"
     entry = zoo.Entry("digits-badnets", "digits", options, "1", 85, 98)
     monkeypatch.setattr(zoo, "entries", lambda: [entry])
     monkeypatch.setattr(zoo, "FOLDER", tmp_path / "zoo")
