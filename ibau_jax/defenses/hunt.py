@@ -72,7 +72,7 @@ class Hunt:
         self.pool: list[Perturbation] = []
         self.suspects: tuple[int, ...] = ()
         self.stage, self.targets, self.unlearned = 0, (), []
-        self.anew = self.others = self.certain = self.back = False
+        self.anew = self.back = False
         self.first: Params | None = None
         self.led: list[int] = []
         self.left: dict[int, float] = {}
@@ -147,8 +147,9 @@ class Hunt:
         """
         fresh = self._score(params)
         self.stage += 1
-        self.anew = self.stage == 1 and self._other_targets(params)
-        self.others = self.others or self.anew
+        if self.stage == 1:
+            self._look_late(params)
+        self.anew = self.stage == 1 and self.others
         still = [label for label, score in self.left.items() if score >= NEAR or self.anew]
         if not (still or self.others) or self.stage == self.config.stages:
             return False
@@ -163,8 +164,18 @@ class Hunt:
             self._refresh(self.job.variables["params"] if self.anew else params)
         return True
 
-    def _other_targets(self, params: Params) -> bool:
-        """May there be more than one target among the suspects?
+    @property
+    def others(self) -> bool:
+        """May there be more than one target among the suspects?"""
+        return max(self.late.values(), default=0) >= SUSPECTED
+
+    @property
+    def certain(self) -> bool:
+        """Is there more than one?"""
+        return max(self.late.values(), default=0) >= CERTAIN
+
+    def _look_late(self, params: Params) -> None:
+        """Take down how near what led to the other suspects comes to a level, late on the way.
 
         When most of the way from the given parameters to those after the first stage is gone, what
         was found leads to the weaknesses no more; to another target it does.
@@ -178,9 +189,6 @@ class Hunt:
             if one.label in others and one.geometry in levels:
                 score = self._strength(params, one, few) / levels[one.geometry]
                 self.late[one.label] = max(score, self.late.get(one.label, 0.0))
-        latest = max(self.late.values(), default=0)
-        self.certain = latest >= CERTAIN
-        return latest >= SUSPECTED
 
     def settled(self, params: Params) -> Params:
         """Of the parameters after the last stage and after the first one those to be returned."""

@@ -209,13 +209,14 @@ def test_a_stage_that_costs_too_much_is_the_last(monkeypatch):
     none = Evidence(np.zeros((len(LEVELS), 10)), 0.0, 1.0, np.zeros(10, np.int32), [])
     monkeypatch.setattr(Hunt, "_score", lambda self, params: [])
     monkeypatch.setattr(Hunt, "_refresh", lambda self, params: None)
-    monkeypatch.setattr(Hunt, "_other_targets", lambda self, params: True)
+    monkeypatch.setattr(Hunt, "_look_late", lambda self, params: None)
     model, variables = opened(MODEL, small_model(0, True))
     job = Job(model, variables, clean(), QUICK, KEY, devices(1), 10)
     for bad, certain, goes_on in ((True, False, False), (False, False, True), (True, True, True)):
         first, second = {"w": 1.0}, {"w": float(not bad)}
         at = Hunt(job, job.clean, QUICK, 5, lambda params: np.full(9, params["w"] == 1))
-        at.evidence, at.left, at.certain = none, {1: 0.0, 0: 0.0}, certain
+        at.evidence, at.left = none, {1: 0.0, 0: 0.0}
+        at.late = {0: hunt.CERTAIN if certain else hunt.SUSPECTED}
         at._unlearn((1,))
         assert at.goes_on(first) and at.targets == (1, 0)
         assert at.goes_on(second) == goes_on
