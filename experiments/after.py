@@ -20,8 +20,8 @@ from pathlib import Path
 import jax
 import tyro
 from cells import METHODS
-from grid import RESULTS, Row, fill, read
-from measure import Models, commit
+from grid import RESULTS, Row, commit, fill, read
+from measure import Models
 
 from ibau_jax import inspect, load
 from ibau_jax.attacks import poison

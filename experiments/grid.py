@@ -10,6 +10,7 @@ import errno
 import fcntl
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -23,6 +24,12 @@ Row = dict[str, Any]
 RESULTS = Path(__file__).parent / "results"
 ZOO = Path(__file__).parent / "zoo"
 WAIT = 60.0  # seconds, while the disk is full
+
+
+def commit() -> str:
+    """Of this source; empty where there is no git."""
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def read(path: Path) -> list[Row]:

@@ -9,7 +9,6 @@ checkpoints/, triggers/) and those of `experiments/unseen.py` (in --folder); cel
 are not there are left out. Needs CIFAR-10 and GTSRB (TFDS_DATA_DIR).
 """
 
-import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from typing import Any
 import jax
 import tyro
 from cells import GRIDS, METHODS, PUBLISHED, Cell
-from grid import RESULTS, ZOO, Row, fill
+from grid import RESULTS, ZOO, Row, commit, fill
 from published_models import import_model
 
 from ibau_jax.attacks import ATTACKS
@@ -156,12 +155,6 @@ def row_of(rows: list[Row], diagnostics: dict[str, Any]) -> Row:
     rounds = [{k: row[k] for k in PER_ROUND if k in row} for row in rows]
     run = {k: rows[-1][k] for k in OF_RUN if k in rows[-1]}
     return {**run, "diagnostics": diagnostics, "rounds": rounds}
-
-
-def commit() -> str:
-    """Of this source; empty where there is no git."""
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def shown(row: Row) -> str:

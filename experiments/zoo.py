@@ -22,7 +22,7 @@ import numpy as np
 import tyro
 from grid import RESULTS as ROWS
 from grid import ZOO as FOLDER
-from grid import read
+from grid import commit, read
 
 from ibau_jax.attacks import ATTACKS
 from ibau_jax.commands.evaluate import evaluate_model
@@ -155,12 +155,11 @@ def train(entry: Entry) -> dict:
         command = [sys.executable, "-m", "ibau_jax", "train", "--resume", "--json"]
         command += ["--dataset", entry.dataset, "--out", str(work)]
         command += [word for option in options.items() for word in option]
-        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        source = commit()
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         if done.returncode:
             raise SystemExit(f"{entry.name}: 'ibau train' ended with status {done.returncode}")
-        write_text(printed, json.dumps({**json.loads(done.stdout), "commit": commit}))
+        write_text(printed, json.dumps({**json.loads(done.stdout), "commit": source}))
     trained = json.loads(printed.read_text())
     kept = FOLDER / f"{entry.name}.safetensors"
     model = load_model(work)
