@@ -2,9 +2,9 @@
 
 XLA's CPU backend runs the derivatives of `lax.conv` inside a loop (`fori_loop`, `scan`) as naive
 loops, up to 39 times slower than outside, and the gradient of a kernel is slow even outside. A
-convolution written as pads, slices and a few products (Winograd's, a third fewer, where they can
-be) has only these in its derivatives, of any order, and costs the same in a loop. So it can run a
-few images at a time, whose products stay in the cache. `rewrite` puts them into any program.
+convolution written as pads, slices and a few products (`winograd`, where it can be) has only these
+in its derivatives, of any order, and costs the same in a loop. So it can run a few images at a
+time, whose products stay in the cache. `rewrite` puts them into any program.
 """
 
 import operator
@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from ibau_jax.models import winograd
 
 
 def convolution_as_products(
@@ -38,10 +40,9 @@ def convolution_as_products(
     Memory: of a kernel [..., K, L] with strides [..., S, T] a row is laid side by side (L / T
     copies of the padded input) and multiplied row by row. Where S is above 1, all of the kernel is
     (K L / (S T) copies), for one product. With what XLA keeps beside it that makes, in sizes of the
-    input, for 3x3 (Winograd's products) 9 forwards and 15 in a gradient, for 3x3 with stride 2
-    and twice as many channels 4 and 6, for the 7x7 with stride 2 of a ResNet (3 channels to 64)
-    25 and 35, of which the output is 5; `lax.conv` takes up to 3, and 17 there. Depthwise
-    convolutions make no copies.
+    input, for 3x3 with stride 2 and twice as many channels 4 and 6 in a gradient, for the 7x7 with
+    stride 2 of a ResNet (3 channels to 64) 25 and 35, of which the output is 5; `lax.conv` takes up
+    to 3, and 17 there. Depthwise convolutions make no copies.
     """
     del others  # batch_group_count, which is 1
     lhs, rhs, out = dimension_numbers
@@ -49,17 +50,17 @@ def convolution_as_products(
     wide = jnp.promote_types(jnp.promote_types(x.dtype, given), jnp.float32)
     x = x.transpose(lhs[0], *lhs[2:], lhs[1]).astype(wide)  # [N, ..., C]
     kernel = kernel.transpose(*rhs[2:], rhs[1], rhs[0]).astype(wide)  # [..., C / groups, D]
-    edges = [(low, high, d - 1) for (low, high), d in zip(padding, lhs_dilation, strict=True)]
-    if any(edge != (0, 0, 0) for edge in edges):
-        x = lax.pad(x, jnp.zeros((), wide), [(0, 0, 0), *edges, (0, 0, 0)])
+    if any(d > 1 for d in lhs_dilation) or kernel.shape[-2] == 1:
+        inside = [d - 1 for d in lhs_dilation]
+        x, padding = padded(x, padding, inside), [(0, 0)] * len(padding)
     taps = Taps(tuple(window_strides), tuple(rhs_dilation))
+    each = partial(dense, taps=taps, padding=padding, precision=precision)
     if feature_group_count == 1:
-        y = dense(x, kernel, taps, precision)
+        y = each(x, kernel)
     elif kernel.shape[-2] == 1:
         y = depthwise(x, kernel, taps)
     else:
         split = partial(_split, groups=feature_group_count)
-        each = partial(dense, taps=taps, precision=precision)
         y = jax.vmap(each, (0, 0), -2)(split(x), split(kernel))
         y = y.reshape(*y.shape[:-2], -1)
     places = [out[0], *out[2:], out[1]]
@@ -102,9 +103,16 @@ class Taps(NamedTuple):
 
 
 def dense(
-    x: jax.Array, kernel: jax.Array, taps: Taps, precision: lax.PrecisionLike = None
+    x: jax.Array,
+    kernel: jax.Array,
+    taps: Taps,
+    padding: Sequence[tuple[int, int]],
+    precision: lax.PrecisionLike = None,
 ) -> jax.Array:
-    """Without padding or groups: [N, ..., C] and [..., C, D] -> [N, ..., D]."""
+    """Without groups: [N, ..., C] and [..., C, D] -> [N, ..., D]."""
+    if {*taps.strides, *taps.dilation} == {1} and winograd.suits(x.shape, kernel.shape, padding):
+        return winograd.convolve(x, kernel, padding, precision)
+    x = padded(x, padding)
     *upper, length, channels, width = kernel.shape
     if any(stride > 1 for stride in taps.strides[:-1]):
         # Rows of the kernel meet different rows: one product holds one output, not one for each.
@@ -114,12 +122,19 @@ def dense(
     row = taps.along(x, len(upper) + 1, length)
     rows = jnp.concatenate(row, -1) if length > 1 else row[0]  # once for all rows of the kernel
     flat = kernel.reshape(-1, length * channels, width)
-    # With few channels Winograd's sums cost more than the products that they save.
-    even = upper == [3] and taps.dilation[0] == 1 and x.shape[1] % 2 == 0
-    if even and channels >= 16:
-        return _winograd(rows, flat, precision)
     pairs = zip(taps.over(rows, upper), flat, strict=True)
     return _total(jnp.matmul(part, row, precision=precision) for part, row in pairs)
+
+
+def padded(
+    x: jax.Array, padding: Sequence[tuple[int, int]], inside: Sequence[int] | None = None
+) -> jax.Array:
+    """[N, ..., C] with zeros around, or cut, and so many between neighbours along each axis."""
+    inside = [0] * len(padding) if inside is None else inside
+    edges = [(*ends, between) for ends, between in zip(padding, inside, strict=True)]
+    if not any(map(any, edges)):
+        return x
+    return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
 
 
 def depthwise(x: jax.Array, kernel: jax.Array, taps: Taps) -> jax.Array:
@@ -129,24 +144,6 @@ def depthwise(x: jax.Array, kernel: jax.Array, taps: Taps) -> jax.Array:
     pairs = zip(taps.over(x, lengths), entries, strict=True)
     y = _total(part[..., None] * entry for part, entry in pairs)
     return y.reshape(*y.shape[:-2], -1)
-
-
-def _winograd(rows: jax.Array, flat: jax.Array, precision: lax.PrecisionLike) -> jax.Array:
-    """[N, H, W, K] correlated along H with [3, K, D] -> [N, H - 2, W, D], H even.
-
-    Winograd's F(2, 3): two neighbouring sums of three products from four products instead of
-    six, in every derivative as well (Lavin and Gray, "Fast algorithms for convolutional neural
-    networks", 2016, section 4.1). Sums and differences of neighbours cost some rounding.
-    """
-    n, height, width, k = rows.shape
-    pairs = rows.reshape(n, height // 2, 2, width, k)
-    even, odd = pairs[:, :, 0], pairs[:, :, 1]
-    r0, r1, r2, r3 = even[:, :-1], odd[:, :-1], even[:, 1:], odd[:, 1:]
-    views = jnp.stack([r0 - r2, r1 + r2, r2 - r1, r1 - r3]).reshape(4, -1, k)
-    middle = (flat[0] + flat[2]) / 2
-    taps = jnp.stack([flat[0], middle + flat[1] / 2, middle - flat[1] / 2, flat[2]])
-    m = jnp.matmul(views, taps, precision=precision).reshape(4, n, height // 2 - 1, width, -1)
-    return jnp.stack([m[0] + m[1] + m[2], m[1] - m[2] - m[3]], 2).reshape(n, height - 2, width, -1)
 
 
 def _split(a: jax.Array, groups: int) -> jax.Array:

@@ -231,7 +231,7 @@ def test_other_floats(dtype):
     )
     assert_same(
         *jax.tree.map(lambda a: a.astype(np.float32), (found, expected)),
-        1e-5 if dtype == jnp.float32 else 0.1,
+        3e-5 if dtype == jnp.float32 else 0.1,  # Winograd's sums cost some rounding
     )
     assert jax.tree.map(jnp.result_type, found) == jax.tree.map(jnp.result_type, expected)
 
