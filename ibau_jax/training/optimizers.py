@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, is_dataclass
 from typing import Any
 
+import jax.numpy as jnp
 import optax
 
 from ibau_jax.errors import InputError, check_name, check_positive
@@ -24,18 +25,33 @@ class Adam:
       rate: learning rate.
       schedule: `constant`, or `cosine`: down to zero over all steps.
       clip: largest norm of the gradient that it is given; None: no limit.
+      small: an array of two and more dimensions whose root mean square is below this takes
+        smaller steps, by the square of the ratio; None: none does. Adam's steps are as large
+        whatever the values; those of a layer fall with the root of the number of its inputs, and
+        the steps that it bears with the number itself (Yang et al., NeurIPS 2021: mu-transfer).
     """
 
     rate: float = 1e-3
     schedule: str = "constant"
     clip: float | None = None
+    small: float | None = None
 
     def __post_init__(self):
         _check(self)
+        check_positive(self, "small")
 
     def __call__(self, steps: int) -> optax.GradientTransformation:
         """For `steps` steps in all."""
-        return _clipped(self.clip, optax.adam(_rate(self, steps)))
+        adam = optax.adam(_rate(self, steps))
+        if (small := self.small) is not None:
+
+            def shortened(move: Any, values: Any) -> Any:
+                if values.ndim < 2:  # an offset may be zero
+                    return move
+                return move * jnp.minimum(1, jnp.mean(jnp.square(values)) / small**2)
+
+            adam = optax.chain(adam, optax.stateless_with_tree_map(shortened))
+        return _clipped(self.clip, adam)
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ class IBAUConfig:
     mixed: float = 1.0
     held_back: float = 0.1
     budget: float = 0.04
-    outer_optimizer: Optimizer = Adam(1.5e-3, schedule="cosine", clip=1.0)  # noqa: RUF009
+    outer_optimizer: Optimizer = Adam(1.5e-3, "cosine", clip=1.0, small=0.04)  # noqa: RUF009
     hessian: str = "same"
     hessian_images: int | None = 10
     solver: Solver = NormalCG(steps=2, damping=0.1)  # noqa: RUF009  (frozen)
