@@ -53,9 +53,9 @@ def suits(x: Sequence[int], kernel: Sequence[int], padding: Sequence[tuple[int, 
     """Whether it is fast for these shapes, stride 1 and no dilation: 3x3, and enough of all else.
 
     Of few channels the sums cost more than the products that they save; outputs of less than a tile
-    are mostly padding.
+    are mostly padding. (A first layer with 3 channels gains in the derivative in its kernel.)
     """
-    if tuple(kernel[:-2]) != (3, 3) or min(kernel[2:]) < 16:
+    if tuple(kernel[:-2]) != (3, 3) or kernel[2] * kernel[3] < 32:
         return False
     return all(n + low + high >= SPAN for n, (low, high) in zip(x[1:3], padding, strict=True))
 

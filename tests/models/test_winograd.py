@@ -97,7 +97,8 @@ def test_what_it_is_for():
     kernel, around = (3, 3, 16, 16), ((1, 1), (1, 1))
     assert winograd.suits((5, 4, 4, 16), kernel, around)
     assert not winograd.suits((5, 3, 4, 16), kernel, around)  # less than a tile
-    assert not winograd.suits((5, 4, 4, 16), (3, 3, 16, 10), around)
+    assert not winograd.suits((5, 4, 4, 3), (3, 3, 3, 10), around)
+    assert winograd.suits((5, 4, 4, 3), (3, 3, 3, 11), around)
     assert not winograd.suits((5, 4, 4, 16), (3, 5, 16, 16), around)
 
 
