@@ -2,7 +2,9 @@
 
 Winograd's F(4, 3) in both directions: 4 x 4 neighbouring outputs from 36 products in place of 144
 (Lavin and Gray, "Fast algorithms for convolutional neural networks", CVPR 2016). Sums and
-differences of neighbours cost some rounding: in 32 bits about five times that of plain sums.
+differences of neighbours cost some rounding: in 32 bits about five times that of plain sums. And
+outputs that are equal, in even areas of an image, differ by it: the first of equals, which maximum
+pooling takes, may be another one.
 
 To differentiate these sums would undo half of the gain: what comes out is no longer of this form.
 But a convolution is linear in the images and in the kernel, and so are its derivatives: with

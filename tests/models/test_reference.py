@@ -11,6 +11,7 @@ import pytest
 from ibau_jax import Dataset, IBAUConfig, load
 from ibau_jax.attacks import Attack, badnets_square, trigger_from_files
 from ibau_jax.hypergradient import Neumann, hypergradient
+from ibau_jax.models import winograd
 from ibau_jax.models.architectures import build
 from ibau_jax.models.model import Classifier, evaluation_logits
 from ibau_jax.models.torch_import import convert_pth
@@ -126,8 +127,16 @@ def procedure(request, reference, cifar10):
     return request.param, network, variables, config, batches, expected
 
 
-@pytest.mark.parametrize(("steps", "tolerance"), [(1, 1e-3), (2, 1e-3)])
-def test_published_ascent(procedure, steps, tolerance):
+@pytest.mark.parametrize(
+    ("fast", "steps", "tolerance"), [(False, 1, 1e-3), (False, 2, 1e-3), (True, 1, 0.1)]
+)
+def test_published_ascent(procedure, fast, steps, tolerance, monkeypatch):
+    """With Winograd's products neighbours that are equal in even areas differ by rounding.
+
+    So pooling takes another of them, and the slope goes to another pixel, as good as the first.
+    """
+    if not fast:
+        monkeypatch.setattr(winograd, "suits", lambda *shapes: False)
     _, network, variables, config, batches, expected = procedure
     config = replace(config, inner_steps=steps, radius=1e9)  # the projection comes at the end
     logits = evaluation_logits(network.module, variables)
