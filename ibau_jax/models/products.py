@@ -52,7 +52,7 @@ def convolution_as_products(
     kernel = kernel.transpose(*rhs[2:], rhs[1], rhs[0]).astype(wide)  # [..., C / groups, D]
     if any(d > 1 for d in lhs_dilation) or kernel.shape[-2] == 1:
         inside = [d - 1 for d in lhs_dilation]
-        x, padding = padded(x, padding, inside), [(0, 0)] * len(padding)
+        x, padding = winograd.padded(x, padding, inside), [(0, 0)] * len(padding)
     taps = Taps(tuple(window_strides), tuple(rhs_dilation))
     each = partial(dense, taps=taps, padding=padding, precision=precision)
     if feature_group_count == 1:
@@ -112,7 +112,7 @@ def dense(
     """Without groups: [N, ..., C] and [..., C, D] -> [N, ..., D]."""
     if {*taps.strides, *taps.dilation} == {1} and winograd.suits(x.shape, kernel.shape, padding):
         return winograd.convolve(x, kernel, padding, precision)
-    x = padded(x, padding)
+    x = winograd.padded(x, padding)
     *upper, length, channels, width = kernel.shape
     if any(stride > 1 for stride in taps.strides[:-1]):
         # Rows of the kernel meet different rows: one product holds one output, not one for each.
@@ -124,17 +124,6 @@ def dense(
     flat = kernel.reshape(-1, length * channels, width)
     pairs = zip(taps.over(rows, upper), flat, strict=True)
     return _total(jnp.matmul(part, row, precision=precision) for part, row in pairs)
-
-
-def padded(
-    x: jax.Array, padding: Sequence[tuple[int, int]], inside: Sequence[int] | None = None
-) -> jax.Array:
-    """[N, ..., C] with zeros around, or cut, and so many between neighbours along each axis."""
-    inside = [0] * len(padding) if inside is None else inside
-    edges = [(*ends, between) for ends, between in zip(padding, inside, strict=True)]
-    if not any(map(any, edges)):
-        return x
-    return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
 
 
 def depthwise(x: jax.Array, kernel: jax.Array, taps: Taps) -> jax.Array:

@@ -75,10 +75,20 @@ def convolve(
     """
     # The derivative in the images is padded by 2 less what these are: so much is done inside.
     inside = tuple((min(max(low, 0), 2), min(max(high, 0), 2)) for low, high in padding)
-    outside = [(p[0] - q[0], p[1] - q[1], 0) for p, q in zip(padding, inside, strict=True)]
-    if any(map(any, outside)):
-        x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *outside, (0, 0, 0)])
+    outside = [(p[0] - q[0], p[1] - q[1]) for p, q in zip(padding, inside, strict=True)]
+    x = padded(x, outside)
     return _convolve.bind(x[None], kernel[None], padding=inside, precision=precision)[0]
+
+
+def padded(
+    x: jax.Array, padding: Sequence[tuple[int, int]], inside: Sequence[int] | None = None
+) -> jax.Array:
+    """[N, ..., C] with zeros around, or cut, and so many between neighbours along each axis."""
+    inside = [0] * len(padding) if inside is None else inside
+    edges = [(*ends, between) for ends, between in zip(padding, inside, strict=True)]
+    if not any(map(any, edges)):
+        return x
+    return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
 
 
 # Both have an axis of independent problems in front: vmap makes it longer. [G, N, H, W, C] with
@@ -104,7 +114,7 @@ def _correlated(x: jax.Array, slopes: jax.Array, *, padding: Padding, precision:
     inputs = _inputs(x, padding)
     t, u = inputs.shape[3:5]
     n, height, width, d = slopes.shape
-    slopes = _padded(slopes, (0, TILE * t - height), (0, TILE * u - width))
+    slopes = padded(slopes, [(0, TILE * t - height), (0, TILE * u - width)])
     slopes = slopes.reshape(n, t, TILE, u, TILE, d)
     back = tuple(zip(*OUTPUT, strict=True))
     slopes = jnp.stack(_sums(back, jnp.moveaxis(slopes, 2, 0)))
@@ -119,7 +129,7 @@ def _inputs(x: jax.Array, padding: Padding) -> jax.Array:
     """Of all tiles what is multiplied: [N, H, W, C] -> [6, 6, N, T, U, C]."""
     sizes = zip(_size(x.shape, padding), x.shape[1:3], padding, strict=True)
     whole = [(low, (-(-size // TILE) + 1) * TILE - n - low) for size, n, (low, _) in sizes]
-    x = jnp.stack(_sums(INPUT, _windows(_padded(x, *whole), 1)))
+    x = jnp.stack(_sums(INPUT, _windows(padded(x, whole), 1)))
     # One direction after the other: both in one expression are more work, and slow to compile.
     return jnp.stack(_sums(INPUT, _windows(x, 3)), 1)
 
@@ -150,11 +160,6 @@ def _sums(matrix: Sequence[Sequence[float]], parts: Iterable[jax.Array]) -> list
 def _flat(x: jax.Array) -> jax.Array:
     """[6, 6, ..., C] -> [36, M, C]."""
     return x.reshape(SPAN * SPAN, -1, x.shape[-1])
-
-
-def _padded(x: jax.Array, rows: tuple[int, int], columns: tuple[int, int]) -> jax.Array:
-    widths = [(0, 0, 0), (*rows, 0), (*columns, 0), (0, 0, 0)]
-    return lax.pad(x, jnp.zeros((), x.dtype), widths)
 
 
 def _size(shape: Sequence[int], padding: Padding) -> tuple[int, int]:
