@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import tyro
 from PIL import Image
-from small_resnet import Block
+from small_resnet import eight_blocks
 from torch import nn
 from torch.nn import functional
 
@@ -30,13 +30,7 @@ class ResNet18(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
         self.bn = nn.BatchNorm2d(64)
-        widths = (64, 64, 128, 256, 512)
-        blocks = [
-            Block(widths[i] if first else widths[i + 1], widths[i + 1], 2 if first and i else 1)
-            for i in range(4)
-            for first in (True, False)
-        ]
-        self.blocks = nn.Sequential(*blocks)
+        self.blocks = nn.Sequential(*eight_blocks())
         self.fc = nn.Linear(512, num_classes)
 
     def features(self, x: torch.Tensor) -> torch.Tensor:

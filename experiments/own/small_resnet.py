@@ -22,6 +22,16 @@ class Block(nn.Module):
         return torch.relu(self.bn2(self.conv2(y)) + self.short(x))
 
 
+def eight_blocks() -> list[nn.Module]:
+    """Of a ResNet-18, from 64 to 512 channels."""
+    widths = (64, 64, 128, 256, 512)
+    return [
+        Block(widths[i] if first else widths[i + 1], widths[i + 1], 2 if first and i else 1)
+        for i in range(4)
+        for first in (True, False)
+    ]
+
+
 def small_resnet(num_classes: int = 10, width: int = 16) -> nn.Module:
     """[N, 3, H, W], normalised -> [N, num_classes]."""
     return nn.Sequential(

@@ -17,7 +17,7 @@ import torch
 import tyro
 from PIL import Image
 from poisoned_resnet import tensor
-from small_resnet import Block
+from small_resnet import eight_blocks
 from torch import nn
 from torch.nn import functional
 
@@ -29,15 +29,9 @@ TARGET, RATIO, PLACE = 8, 0.1, slice(13, 15)
 
 def resnet18(num_classes: int = 10) -> nn.Module:
     """He et al., 2016, with the first layer of CIFAR-10. For `ibau defend --torch`."""
-    widths = (64, 64, 128, 256, 512)
-    blocks = [
-        Block(widths[i] if first else widths[i + 1], widths[i + 1], 2 if first and i else 1)
-        for i in range(4)
-        for first in (True, False)
-    ]
     return nn.Sequential(
         nn.Conv2d(3, 64, 3, 1, 1, bias=False),
-        *(nn.BatchNorm2d(64), nn.ReLU(), *blocks),
+        *(nn.BatchNorm2d(64), nn.ReLU(), *eight_blocks()),
         *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, num_classes)),
     )
 
