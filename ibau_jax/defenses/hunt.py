@@ -13,7 +13,7 @@ from ibau_jax.data import Dataset
 from ibau_jax.defenses.guard import bearable, on_the_way
 from ibau_jax.defenses.run import Job
 from ibau_jax.defenses.verdict import verdict_of
-from ibau_jax.models.model import Params, of_params
+from ibau_jax.models.model import Params, Variables
 from ibau_jax.unlearning.batches import UNTARGETED
 from ibau_jax.unlearning.config import IBAUConfig
 from ibau_jax.unlearning.evidence import (
@@ -63,10 +63,10 @@ class Hunt:
         num_batches: int,
         right: Callable[[Params], np.ndarray] | None = None,
     ):
-        logits, self.right = of_params(job.model, job.variables), right
+        self.right = right
         self.job, self.clean, self.config, self.num_batches = job, clean, config, num_batches
         self.rounds = config.rounds or 1
-        self.search = Search(logits, GEOMETRIES, compiling=job.compiling)
+        self.search = Search(job.model, GEOMETRIES, compiling=job.compiling)
         self._key = jax.random.fold_in(job.key, 1)  # not one of those that the rounds draw
         self.found: list[Perturbation] = []
         self.pool: list[Perturbation] = []
@@ -82,23 +82,28 @@ class Hunt:
         """Search the given model; before all else."""
         classes = self.job.num_classes
         with self.job.compiling():
-            self.search.warm(params, self.clean)
+            self.search.warm(self._all(params), self.clean)
         with self.job.progress(looks(classes), "search") as advance:
             self.evidence = look(
-                self.search, params, self.clean, classes, key=self._new_key(), advance=advance
+                *(self.search, self._all(params), self.clean, classes),
+                key=self._new_key(),
+                advance=advance,
             )
         # In doubt it is unlearned: a label that is no target costs little.
         self.suspects = self.evidence.suspects or self.evidence.nearly
         self._unlearn(self.suspects[:1])
-        # The shape that the rounds are compiled for: what the searches of all stages can find.
+        # What the searches of all stages can find.
         self.room = max(1, len(self.suspects)) * self.config.stages * len(LEVELS)
 
     def aims(self, number: int) -> list[Aim]:
         """For the ascents of round `number` of a stage."""
         targets = self.targets or (UNTARGETED,)
         newest = self.pool[-self.room :]
-        pool = np.zeros((self.room, *self.clean.images.shape[1:]), self.clean.images.dtype)
-        rules = np.full((self.room, self.job.num_classes), UNTARGETED, np.int32)
+        # The shape that the rounds are compiled for: the same for most models, so that a program
+        # that was kept serves the next one too, whatever the number of its suspects.
+        rows = max(64, 1 << (self.room - 1).bit_length())
+        pool = np.zeros((rows, *self.clean.images.shape[1:]), self.clean.images.dtype)
+        rules = np.full((rows, self.job.num_classes), UNTARGETED, np.int32)
         for i, one in enumerate(newest):
             pool[i], rules[i] = one.delta, self._rule(one.label)
         times = np.float32(SHARES if self.several else 1)
@@ -206,8 +211,9 @@ class Hunt:
         key, starts = self._new_key(), STARTS if self.several else None
         if not self.suspects:
             return []
-        found = rest(self.search, params, self.clean, self.suspects, key=key, starts=starts)
-        self.left, fresh = found
+        self.left, fresh = rest(
+            *(self.search, self._all(params), self.clean, self.suspects), key=key, starts=starts
+        )
         return fresh
 
     def _unlearn(self, targets: tuple[int, ...]) -> None:
@@ -223,7 +229,7 @@ class Hunt:
     def _refresh(self, params: Params) -> None:
         """Draw squares, and leave in the pool what still leads to its label."""
         squares = self.search.drawn(
-            params,
+            self._all(params),
             self.clean,
             self.targets,
             SQUARE,
@@ -239,8 +245,12 @@ class Hunt:
     def _strength(self, params: Params, one: Perturbation, count: int) -> float:
         """The share of the first `count` clean images that a perturbation leads to its label."""
         images, labels = (a[:count] for a in self.clean)
-        given = self.search.label(params, np.clip(images + one.delta, 0, 1))
+        given = self.search.label(self._all(params), np.clip(images + one.delta, 0, 1))
         return share(given, labels, one.label)
+
+    def _all(self, params: Params) -> Variables:
+        """What the model is called with."""
+        return {**self.job.variables, "params": params}
 
     def _new_key(self) -> jax.Array:
         self._key, key = jax.random.split(self._key)

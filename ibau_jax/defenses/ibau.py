@@ -69,21 +69,26 @@ def unlearn(job: Job) -> Rounds:
         check_count(clean)
     rounds, row = config.rounds or 1, {}
     yield job.variables, row
-    teach = probabilities(logits)
+    fixed = {name: value for name, value in job.variables.items() if name != "params"}
+    teach = probabilities(job.model)
     if config.distilled or config.mixed:
         with job.compiling():
-            teach(params, clean.images[: usual_batch()])
-    taught = teach(params, clean.images) if config.distilled else None
+            teach(job.variables, clean.images[: usual_batch()])
+    taught = teach(job.variables, clean.images) if config.distilled else None
     batches, sizes = make_batches(clean, config, devices, taught)
-    algorithm = ibau(logits, config, len(sizes), devices.axis, job.program)
+    algorithm = ibau(
+        *(job.model, config, len(sizes), devices.axis, job.program), fixed=devices.replicate(fixed)
+    )
     with job.compiling():
         init = jax.jit(algorithm.init)
         state = devices.replicate(init(params, key))
         size = jax.jit(config.ball.size).lower(clean.images[0]).compile()
-    label, kept = predict(logits), 1.0
+    label, kept = predict(job.model), 1.0
 
     def right(params: Params) -> np.ndarray:
-        return label(params, held.images) == held.labels if held else np.ones(0, bool)
+        if held is None:
+            return np.ones(0, bool)
+        return label({**fixed, "params": params}, held.images) == held.labels
 
     seen = right if held else None
     hunt = Hunt(job, clean, config, len(sizes), seen) if config.searched else None
@@ -103,7 +108,8 @@ def unlearn(job: Job) -> Rounds:
                 advance(0, note_of(row))
                 aims = hunt.aims(number) if hunt else ()
                 if config.mixed:  # of each round others
-                    mixed = make_mixtures(clean, config, number, partial(teach, given), devices)
+                    say = partial(teach, job.variables)
+                    mixed = make_mixtures(clean, config, number, say, devices)
                     batches = batches._replace(mixed=mixed)
                 state, info = algorithm.round(state, batches, told, aims)
                 losses.read()

@@ -109,7 +109,10 @@ def naive(job: Job) -> Rounds:
     order_key, batch_key, key = jax.random.split(job.key, 3)
     batches, sizes = make_batches(shuffled(clean, batch_key), outer, devices)
     rng = np.random.default_rng(np.asarray(jax.random.key_data(order_key)))
-    algorithm = ibau(logits, outer, len(sizes), devices.axis, job.program)
+    fixed = {name: value for name, value in job.variables.items() if name != "params"}
+    algorithm = ibau(
+        *(job.model, outer, len(sizes), devices.axis, job.program), fixed=devices.replicate(fixed)
+    )
     with job.compiling():
         state = devices.replicate(jax.jit(algorithm.init)(params, key))
         search = make_search(

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from ibau_jax.data import Dataset
-from ibau_jax.models.model import Logits, Params, of_params, opened
+from ibau_jax.models.model import Logits, Params, opened
 from ibau_jax.progress import progress_bar
 from ibau_jax.unlearning.batches import UNTARGETED, check_clean
 from ibau_jax.unlearning.geometries import Geometry, cosine, pixels, window
@@ -193,10 +193,10 @@ def inspect(
     clean = check_clean(logits, params, clean)
     check_count(clean)
     model, variables = opened(logits, params)
-    search = Search(of_params(model, variables), GEOMETRIES)
+    search = Search(model, GEOMETRIES)
     num_classes = jax.eval_shape(logits, params, clean.images[:1]).shape[1]
     with progress_bar(looks(num_classes), "search", progress) as advance:
-        return look(search, variables["params"], clean, num_classes, key=key, advance=advance)
+        return look(search, variables, clean, num_classes, key=key, advance=advance)
 
 
 def rest(

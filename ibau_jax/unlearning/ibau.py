@@ -94,14 +94,18 @@ def ibau(
     num_batches: int,
     axis: str | None = None,
     program: Callable[..., Callable] = on_one_device,
+    fixed: Params | None = None,
 ) -> Algorithm:
     """Algorithm 1 for a model and a stack of `num_batches` clean batches.
 
     Args:
-      logits: `logits(params, images)`, in evaluation mode.
+      logits: `logits(params, images)`, in evaluation mode; with `fixed`, of all variables.
       config: from `batches.resolve`.
       axis: name of the mapped axis that the rows of a batch are spread over.
       program: `program(function, rows=)` compiles; `rows` are the arguments that are spread.
+      fixed: what there is beside the parameters, as `{"params": params, **fixed}`, on the devices.
+        Of a model that `logits` closes over, it would be compiled into the programs, and those that
+        were kept would serve no other model.
     """
     C, T = config.ball, config.inner_steps or num_batches
     K = (config.rounds or 1) * num_batches
@@ -111,26 +115,40 @@ def ibau(
     inner = make_leading(logits, config, axis) if config.searched else make_inner(H, config)
     implicit = ROUTES[config.route]
 
+    def whole(params: Params, fixed: Params | None) -> Params:
+        return params if fixed is None else {"params": params, **fixed}
+
     def init(params: Params, key: jax.Array) -> State:
         return State(params, beta.init(params), key)
 
-    @partial(program, rows=(1,))
     def ascend(
         params: Params, batches: Batch, first: Any, aim: Aim | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        return ascend_with(fixed, params, batches, first, aim)
+
+    def descend(
+        state: State, delta: jax.Array, batches: Batch, index: Any, aim: Aim | None = None
+    ) -> tuple[State, Step]:
+        return descend_with(fixed, state, delta, batches, index, aim)
+
+    @partial(program, rows=(2,))
+    def ascend_with(
+        fixed: Params | None, params: Params, batches: Batch, first: Any, aim: Aim | None
     ) -> tuple[jax.Array, jax.Array]:
         if config.searched and aim is None:
             raise InputError(
                 "the config searches (searched > 0) and no aim of a search was given: call "
                 "unlearn, or take IBAUConfig.untargeted() for Algorithm 1 alone"
             )
+        variables = whole(params, fixed)
         if config.inner_labels == "predicted":  # of the clean images: they do not change here
-            batches = batches._replace(labels=predicted(logits, params, batches.images, config))
+            batches = batches._replace(labels=predicted(logits, variables, batches.images, config))
 
         def step(t, carry):
             delta, alpha_state, _ = carry
             batch = pick(batches, (first + t) % num_batches)
             batch = batch if aim is None else aimed(batch, aim.rule)
-            value, slope = jax.value_and_grad(inner)(delta, params, batch)
+            value, slope = jax.value_and_grad(inner)(delta, variables, batch)
             height = config.penalty * jnp.sum(delta**2) - value  # H, at the delta it belongs to
             move, alpha_state = alpha.update(slope, alpha_state, delta)
             delta = optax.apply_updates(delta, move)  # line 4
@@ -144,9 +162,14 @@ def ibau(
         delta, _, height = lax.fori_loop(0, T, step, start)  # line 3
         return (C.project(delta) if config.project == "at-end" else delta), height
 
-    @partial(program, rows=(2,))
-    def descend(
-        state: State, delta: jax.Array, batches: Batch, index: Any, aim: Aim | None = None
+    @partial(program, rows=(3,))
+    def descend_with(
+        fixed: Params | None,
+        state: State,
+        delta: jax.Array,
+        batches: Batch,
+        index: Any,
+        aim: Aim | None,
     ) -> tuple[State, Step]:
         key, subkey = jax.random.split(state.key)
         batch = pick(batches, index)
@@ -158,8 +181,8 @@ def ibau(
         few = first_rows(few, config.hessian_images, config.rows_multiple, axis)
         few = few if aim is None else aimed(few, aim.rule)
         value, gradient, report = implicit(  # line 7
-            lambda delta, params: H(delta, params, batch),
-            lambda delta, params: inner(delta, params, few),
+            lambda delta, params: H(delta, whole(params, fixed), batch),
+            lambda delta, params: inner(delta, whole(params, fixed), few),
             delta,
             state.params,
             solver=config.solver,

@@ -59,7 +59,8 @@ class Search:
     """A search whose programs are compiled once and used for the parameters of any moment.
 
     Args:
-      logits: `logits(params, images)`, in evaluation mode.
+      logits: `logits(params, images)`, in evaluation mode. Only `params` are an argument of the
+        programs; so a `Model` with all of its variables lets what was compiled serve other models.
       geometries: the sets to search.
       steps: of an ascent, each on `batch` images.
       starts: how many random perturbations are drawn for a geometry, looked at on `few` images.
@@ -82,7 +83,9 @@ class Search:
         for name, value in (("steps", steps), ("batch", batch), ("starts", starts), ("few", few)):
             if value < 1:
                 raise InputError(f"{name} is {value}: expected a whole number of at least 1")
-        self.logits, self.geometries = logits, tuple(geometries)
+        # JAX keeps what it traces by a weak reference, which not every callable object allows.
+        self.logits: Logits = lambda params, images: logits(params, images)
+        self.geometries = tuple(geometries)
         self.steps, self.batch, self.starts, self.few = steps, batch, starts, few
         self.label, self._compiling = predict(logits), compiling
         self._programs: dict[Any, Callable] = {}
