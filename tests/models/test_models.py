@@ -12,7 +12,7 @@ from ibau_jax.errors import InputError
 from ibau_jax.models.architectures import build
 from ibau_jax.models.convolution import convolve, convolve_in_parts
 from ibau_jax.models.model import evaluation_logits
-from ibau_jax.models.vgg import VGG, ConvNormELU, elu, max_pool
+from ibau_jax.models.vgg import VGG, ConvNormELU, elu, max_pool, normalised
 
 KEY = jax.random.key(0)
 
@@ -107,6 +107,26 @@ def test_training_moves_the_running_statistics_as_pytorch_does():
     new = found["batch_stats"]
     np.testing.assert_allclose(new["mean"], 0.9 * old["mean"] + 0.1 * y.mean(0), rtol=1e-4)
     np.testing.assert_allclose(new["var"], 0.9 * old["var"] + 0.1 * y.var(0, ddof=1), rtol=1e-4)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_derivative_of_batch_norm_is_that_of_its_formula(weighted, x64):
+    draw = np.random.default_rng(0)
+    y, slopes = draw.normal(size=(2, 5, 4, 3, 6))
+    scale, offset = draw.uniform(0.5, 2, (2, 6))
+    weights = np.array([0.3, 0.5, 0, 0.2, 0]) if weighted else None
+
+    def formula(y, scale, offset):
+        each = np.full(5, 0.2) if weights is None else weights
+        mean = jnp.einsum("n,nhwc->c", each, y) / 12
+        var = jnp.einsum("n,nhwc->c", each, (y - mean) ** 2) / 12
+        return jax.nn.elu((y - mean) / jnp.sqrt(var + 1e-5) * scale + offset)
+
+    found, pull = jax.vjp(lambda *args: normalised(*args, weights, None)[0], y, scale, offset)
+    expected, pulled = jax.vjp(formula, y, scale, offset)
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+    for a, b in zip(pull(slopes), pulled(slopes), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-11)
 
 
 def test_max_pool_gives_equal_values_to_the_first():

@@ -73,13 +73,13 @@ def draw_noise(key: jax.Array, count: int, size: int, axis: str | None = None) -
     Drawn for the whole batch, so that the number of devices does not matter.
     """
     whole = jax.random.normal(key, (count * mesh.width(axis), size), jnp.result_type(float))
-    return whole[mesh.numbers(count, axis)]
+    return mesh.own(whole, axis)
 
 
 def draw_labels(key: jax.Array, count: int, classes: int, axis: str | None = None) -> jax.Array:
     """t uniform over the classes, int32 [count], in the same way."""
     whole = jax.random.randint(key, (count * mesh.width(axis),), 0, classes)
-    return whole[mesh.numbers(count, axis)]
+    return mesh.own(whole, axis)
 
 
 class Attacked(NamedTuple):

@@ -105,7 +105,7 @@ def dropped(
         shape[i] = 1
     keep = jax.random.bernoulli(key, 1 - rate, shape)
     if shape[0] > 1:
-        keep = keep[mesh.numbers(len(x), axis)]
+        keep = mesh.own(keep, axis)
     return jnp.where(keep, x / (1 - rate), 0)
 
 
