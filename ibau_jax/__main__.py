@@ -1,5 +1,5 @@
 """`python -m ibau_jax` is `ibau`."""
 
-from ibau_jax.commands.cli import run
+from ibau_jax.commands.start import run
 
 run()
