@@ -1,11 +1,13 @@
 """One round of the published I-BAU: ours against a plain PyTorch program of the same algorithm.
 
-    python experiments/benchmarks/round_vs_torch.py --checkpoint badnets_8_02_ckpt.pth [--json]
+    [GLIBC_TUNABLES=glibc.malloc.hugetlb=1] python experiments/benchmarks/round_vs_torch.py \
+        --checkpoint badnets_8_02_ckpt.pth [--json]
 
 Needs CIFAR-10 (TFDS_DATA_DIR) and PyTorch (extra `torch`). Same weights, same 5000 images, same
 two threads. Rounds alternate, ours and PyTorch's, each in a process of its own (their threads
 would disturb each other in one); a process times its round and nothing else, ours apart from
-compilation. ACC and ASR of both are measured by our evaluator.
+compilation. ACC and ASR of both are measured by our evaluator. With the variable both sides have
+large pages of memory, as `ibau` has by itself where Linux allows it (`commands.start`).
 
 The PyTorch side is written from the paper and from the description of the published code, as its
 users would write it: eager, the graph of the inner gradient built once an outer step and used by
@@ -14,6 +16,7 @@ leaves it out.
 """
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -27,6 +30,7 @@ import tyro
 
 from ibau_jax import IBAUConfig, load, unlearn
 from ibau_jax.attacks import Attack, badnets_square
+from ibau_jax.commands.start import VALUE, VARIABLE
 from ibau_jax.models.architectures import build
 from ibau_jax.models.model import evaluation_logits
 from ibau_jax.models.torch_import import convert_pth
@@ -146,7 +150,9 @@ def one(settings: Settings) -> dict:
     found = evaluator(logits, load("cifar10", "test[5000:]"), [attack])(params)
     measured = {"acc": found.acc, "asr": found.asr, "asr_excl": found.asr_excl}
     times = {"seconds": seconds, "compile_seconds": compile_seconds}
-    return {"side": settings.side, "seed": settings.seed, **times, **measured}
+    asked = os.environ.get(VARIABLE) == VALUE
+    row = {"side": settings.side, "seed": settings.seed, "large_pages": asked}
+    return {**row, **times, **measured}
 
 
 def main(settings: Settings) -> None:

@@ -1,6 +1,6 @@
 """Images a second of training: ours against a plain PyTorch loop of the same model.
 
-    python experiments/benchmarks/train_vs_torch.py
+    [GLIBC_TUNABLES=glibc.malloc.hugetlb=1] python experiments/benchmarks/train_vs_torch.py
 
 All take Adam steps on the same batches of random images (training does not depend on them),
 in turn in one process, compilation and first steps apart. `ours` is the step of `ibau train`, `lax`
@@ -8,6 +8,7 @@ the same with XLA's own convolutions. Rows go to `experiments/results/train_vs_t
 """
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -17,8 +18,11 @@ from pathlib import Path
 import numpy as np
 import tyro
 
+from ibau_jax.commands.start import VALUE, VARIABLE
 from ibau_jax.results.rows import write_rows
 
+# As `ibau` does where Linux allows it (`commands.start`); for both, since it is one process.
+ASKED = os.environ.get(VARIABLE) == VALUE
 RESULTS = Path(__file__).parents[1] / "results" / "train_vs_torch.jsonl"
 
 
@@ -106,7 +110,7 @@ def main(settings: Settings) -> None:
     rows = []
     for _ in range(settings.rounds):
         rates = {name: rate(step) for name, step in sides.items()}
-        rows.append({"batch_size": settings.batch_size, **rates})
+        rows.append({"batch_size": settings.batch_size, "large_pages": ASKED, **rates})
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     write_rows(settings.out, rows)
     found = {
