@@ -9,6 +9,7 @@ Two facts decide the form of the code on a CPU (design notes in README, "Speed")
 """
 
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -98,7 +99,8 @@ class ConvNormELU(nn.Module):
         # Without the bias: batch norm takes it out again. Its gradient is then 0 and not the
         # rounding error of 0, of which Adam would make steps of full size.
         y = convolve_in_parts(x, kernel, self.conv)
-        out, *statistics = normalised(y, scale, offset, weights, self.axis)
+        found: Any = normalised(y, scale, offset, weights, self.axis)
+        out, *statistics = found
         if not self.is_initializing():
             batch_mean, batch_var = lax.stop_gradient(statistics)
             mean.value = 0.9 * mean.value + 0.1 * (batch_mean + bias)
@@ -124,8 +126,9 @@ def normalised(
 
 
 def _normalised(y, scale, offset, weights, axis):
-    out, mean, var = normalised(y, scale, offset, weights, axis)
-    return (out, mean, var), (y, out, scale, weights, mean, lax.rsqrt(var + 1e-5))
+    found: Any = normalised(y, scale, offset, weights, axis)
+    out, mean, var = found
+    return found, (y, out, scale, weights, mean, lax.rsqrt(var + 1e-5))
 
 
 def _normalised_slopes(axis, kept, slopes):
