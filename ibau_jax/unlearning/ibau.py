@@ -110,13 +110,18 @@ def ibau(
     C, T = config.ball, config.inner_steps or num_batches
     K = (config.rounds or 1) * num_batches
     alpha, beta = config.inner_transform(T), config.outer_transform(K)
-    H = make_loss(logits, config, axis)  # H(delta, params, batch)
-    # What delta minimises: -H, or what leads to a label.
-    inner = make_leading(logits, config, axis) if config.searched else make_inner(H, config)
     implicit = ROUTES[config.route]
 
-    def whole(params: Params, fixed: Params | None) -> Params:
-        return params if fixed is None else {"params": params, **fixed}
+    def losses(fixed: Params | None) -> tuple[Logits, Callable, Callable]:
+        """`logits` of the parameters alone, H(delta, params, batch), and what delta minimises."""
+
+        def of_params(params: Params, images: jax.Array) -> jax.Array:
+            return logits(params if fixed is None else {"params": params, **fixed}, images)
+
+        H = make_loss(of_params, config, axis)
+        # -H, or what leads to a label
+        inner = make_leading(of_params, config, axis) if config.searched else make_inner(H, config)
+        return of_params, H, inner
 
     def init(params: Params, key: jax.Array) -> State:
         return State(params, beta.init(params), key)
@@ -140,15 +145,15 @@ def ibau(
                 "the config searches (searched > 0) and no aim of a search was given: call "
                 "unlearn, or take IBAUConfig.untargeted() for Algorithm 1 alone"
             )
-        variables = whole(params, fixed)
+        of_params, _, inner = losses(fixed)
         if config.inner_labels == "predicted":  # of the clean images: they do not change here
-            batches = batches._replace(labels=predicted(logits, variables, batches.images, config))
+            batches = batches._replace(labels=predicted(of_params, params, batches.images, config))
 
         def step(t, carry):
             delta, alpha_state, _ = carry
             batch = pick(batches, (first + t) % num_batches)
             batch = batch if aim is None else aimed(batch, aim.rule)
-            value, slope = jax.value_and_grad(inner)(delta, variables, batch)
+            value, slope = jax.value_and_grad(inner)(delta, params, batch)
             height = config.penalty * jnp.sum(delta**2) - value  # H, at the delta it belongs to
             move, alpha_state = alpha.update(slope, alpha_state, delta)
             delta = optax.apply_updates(delta, move)  # line 4
@@ -171,6 +176,7 @@ def ibau(
         index: Any,
         aim: Aim | None,
     ) -> tuple[State, Step]:
+        _, H, inner = losses(fixed)
         key, subkey = jax.random.split(state.key)
         batch = pick(batches, index)
         if aim is None:
@@ -181,8 +187,8 @@ def ibau(
         few = first_rows(few, config.hessian_images, config.rows_multiple, axis)
         few = few if aim is None else aimed(few, aim.rule)
         value, gradient, report = implicit(  # line 7
-            lambda delta, params: H(delta, whole(params, fixed), batch),
-            lambda delta, params: inner(delta, whole(params, fixed), few),
+            lambda delta, params: H(delta, params, batch),
+            lambda delta, params: inner(delta, params, few),
             delta,
             state.params,
             solver=config.solver,
