@@ -158,41 +158,13 @@ def look(
     key: jax.Array,
     advance: Callable[[int], None] = lambda count: None,
 ) -> Evidence:
-    """Search a model towards each label, and away from the true ones; in doubt twice.
-
-    What is uncertain is the mean of two looks: other images are held back, other starts drawn.
+    """Search a model towards each label, and away from the true ones.
 
     Args:
       search: knows the `GEOMETRIES`.
       key: random key.
-      advance: called with 1 after each ascent of the first look, `looks(num_classes)` times.
+      advance: called with 1 after each ascent, `looks(num_classes)` times in all.
     """
-    first = _look_once(search, params, clean, num_classes, key, advance)
-    if first.verdict != "uncertain":
-        return first
-    other = jax.random.fold_in(key, 1)
-    return mean_of(first, _look_once(search, params, clean, num_classes, other, lambda count: None))
-
-
-def mean_of(first: Evidence, second: Evidence) -> Evidence:
-    """Of two looks at one model; with the rule of all-to-all that the first one read."""
-    return Evidence(
-        strength=(first.strength + second.strength) / 2,
-        misled=(first.misled + second.misled) / 2,
-        alike=(first.alike + second.alike) / 2,
-        rule=first.rule,
-        found=first.found + second.found,
-    )
-
-
-def _look_once(
-    search: Search,
-    params: Params,
-    clean: Dataset,
-    num_classes: int,
-    key: jax.Array,
-    advance: Callable[[int], None],
-) -> Evidence:
     keys = jax.random.split(key)
     labels, levels = range(num_classes), list(LEVELS)
     towards = search(

@@ -17,7 +17,6 @@ from ibau_jax.unlearning.evidence import (
     Perturbation,
     alike,
     collect,
-    look,
     looks,
     read_rule,
     rule,
@@ -50,34 +49,6 @@ def test_verdict(found, verdict, nearly, said):
     assert (found.verdict, found.nearly) == (verdict, nearly)
     assert found.reason.startswith(said)
     assert ("label 2 (a target from 60% on)" in found.reason) == (found.strength.max() > 0)
-
-
-@pytest.mark.parametrize(
-    ("first", "second", "seen", "verdict"),
-    [
-        (0.3, 0.9, 0.3, "clean"),  # one look is enough
-        (0.7, 0.1, 0.7, "backdoored"),
-        (0.55, 0.3, 0.425, "clean"),
-        (0.55, 0.54, 0.545, "uncertain"),
-        (0.55, 0.7, 0.625, "backdoored"),
-    ],
-)
-def test_what_is_uncertain_is_looked_at_twice(monkeypatch, first, second, seen, verdict):
-    looks = iter([evidence(first, 0.2, 0.5), evidence(second, 0.4, 0.7)])
-    keys = []
-
-    def once(search, params, clean, num_classes, key, advance):
-        keys.append(jax.random.key_data(key).tolist())
-        return next(looks)
-
-    monkeypatch.setattr("ibau_jax.unlearning.evidence._look_once", once)
-    found = look(None, None, None, 4, key=KEY)
-    np.testing.assert_allclose(found.strength.max(), seen)
-    assert found.verdict == verdict
-    twice = first == 0.55
-    assert len(keys) == len({*map(tuple, keys)}) == 1 + twice
-    np.testing.assert_allclose((found.misled, found.alike), (0.3, 0.6) if twice else (0.2, 0.5))
-    assert len(found.found) == 2 * (1 + twice)
 
 
 def test_pictures_are_of_suspects_the_strongest_first():
