@@ -118,8 +118,8 @@ def step_of(settings: Settings, config: IBAUConfig, size: int, on: Devices | Non
     batches = jax.tree.map(lambda a: a[0], batches)  # of the one device
     algorithm = ibau(logits, config, len(sizes))
     state, delta = algorithm.init(params, KEY), jnp.full((32, 32, 3), 0.05)
-    ascend = algorithm.ascend.lower(params, batches, 0).compile()
-    descend = algorithm.descend.lower(state, delta, batches, 0).compile()
+    ascend = jax.jit(algorithm.ascend).lower(params, batches, 0).compile()
+    descend = jax.jit(algorithm.descend).lower(state, delta, batches, 0).compile()
     return (
         partial(ascend, params, batches, 0),
         partial(descend, state, delta, batches, 0),

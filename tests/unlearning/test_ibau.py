@@ -392,7 +392,7 @@ def test_the_microbatch_bounds_the_memory_of_a_step():
         batches, sizes = make_batches(clean, config)
         algorithm = ibau(logits, config, len(sizes))
         state = algorithm.init(params, jax.random.key(0))
-        program = algorithm.descend.lower(state, data.images[0], batches, 0).compile()
+        program = jax.jit(algorithm.descend).lower(state, data.images[0], batches, 0).compile()
         return program.memory_analysis().temp_size_in_bytes
 
     small, large, whole = memory(40, 10), memory(160, 10), memory(160, None)
