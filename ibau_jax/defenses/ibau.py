@@ -17,7 +17,7 @@ from ibau_jax.defenses.run import Job, Rounds, Told
 from ibau_jax.devices.losses import Losses
 from ibau_jax.errors import InputError, first_line
 from ibau_jax.hypergradient import Direct, Report, needs_reverse_mode
-from ibau_jax.models.model import Logits, Params, of_params
+from ibau_jax.models.model import Logits, Params, fixed_of, of_params
 from ibau_jax.models.predict import predict, probabilities, usual_batch
 from ibau_jax.progress import note_of
 from ibau_jax.training.optimizers import shown
@@ -69,16 +69,14 @@ def unlearn(job: Job) -> Rounds:
         check_count(clean)
     rounds, row = config.rounds or 1, {}
     yield job.variables, row
-    fixed = {name: value for name, value in job.variables.items() if name != "params"}
     teach = probabilities(job.model)
     if config.distilled or config.mixed:
         with job.compiling():
             teach(job.variables, clean.images[: usual_batch()])
     taught = teach(job.variables, clean.images) if config.distilled else None
     batches, sizes = make_batches(clean, config, devices, taught)
-    algorithm = ibau(
-        *(job.model, config, len(sizes), devices.axis, job.program), fixed=devices.replicate(fixed)
-    )
+    fixed = devices.replicate(fixed_of(job.variables))
+    algorithm = ibau(job.model, config, len(sizes), devices.axis, job.program, fixed)
     with job.compiling():
         init = jax.jit(algorithm.init)
         state = devices.replicate(init(params, key))
@@ -88,7 +86,7 @@ def unlearn(job: Job) -> Rounds:
     def right(params: Params) -> np.ndarray:
         if held is None:
             return np.ones(0, bool)
-        return label({**fixed, "params": params}, held.images) == held.labels
+        return label({**job.variables, "params": params}, held.images) == held.labels
 
     seen = right if held else None
     hunt = Hunt(job, clean, config, len(sizes), seen) if config.searched else None

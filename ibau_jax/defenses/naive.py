@@ -29,7 +29,7 @@ from ibau_jax.defenses.run import Job, Rounds, Told
 from ibau_jax.devices.losses import Losses
 from ibau_jax.errors import check_positive
 from ibau_jax.hypergradient import Direct
-from ibau_jax.models.model import of_params
+from ibau_jax.models.model import fixed_of, of_params
 from ibau_jax.progress import note_of
 from ibau_jax.training.optimizers import Adam, Optimizer, shown
 from ibau_jax.unlearning.batches import make_batches, resolve, shuffled
@@ -109,10 +109,8 @@ def naive(job: Job) -> Rounds:
     order_key, batch_key, key = jax.random.split(job.key, 3)
     batches, sizes = make_batches(shuffled(clean, batch_key), outer, devices)
     rng = np.random.default_rng(np.asarray(jax.random.key_data(order_key)))
-    fixed = {name: value for name, value in job.variables.items() if name != "params"}
-    algorithm = ibau(
-        *(job.model, outer, len(sizes), devices.axis, job.program), fixed=devices.replicate(fixed)
-    )
+    fixed = devices.replicate(fixed_of(job.variables))
+    algorithm = ibau(job.model, outer, len(sizes), devices.axis, job.program, fixed)
     with job.compiling():
         state = devices.replicate(jax.jit(algorithm.init)(params, key))
         search = make_search(

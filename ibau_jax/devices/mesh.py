@@ -259,7 +259,7 @@ def numbers(count: int, axis: str | None) -> jax.Array:
 def own(whole: jax.Array, axis: str | None) -> jax.Array:
     """Of something for each row of the whole batch that of the rows of the device that runs this.
 
-    As `whole[numbers(...)]`, which is a gather, and slow on a CPU.
+    As `whole[numbers(...)]`, without a gather.
     """
     if axis is None:
         return whole

@@ -229,8 +229,13 @@ def closed(model: Model, variables: Variables, given: Params) -> Params:
 
 def of_params(model: Model, variables: Mapping[str, Any]) -> Logits:
     """`logits(params, images)` in evaluation mode, the other variables fixed."""
-    fixed = {name: value for name, value in variables.items() if name != "params"}
+    fixed = fixed_of(variables)
     return lambda params, images: model({"params": params, **fixed}, images)
+
+
+def fixed_of(variables: Mapping[str, Any]) -> Variables:
+    """What there is beside the parameters."""
+    return {name: value for name, value in variables.items() if name != "params"}
 
 
 def _widened(tree: Any) -> Any:
