@@ -23,8 +23,8 @@ from ibau_jax import load
 from ibau_jax.models.files import load_model
 from ibau_jax.results.rows import write_rows
 from ibau_jax.unlearning.batches import UNTARGETED
-from ibau_jax.unlearning.evidence import alike
 from ibau_jax.unlearning.geometries import GEOMETRIES
+from ibau_jax.unlearning.look import alike
 from ibau_jax.unlearning.search import Search
 
 RESULTS = Path(__file__).parent / "results" / "strengths.jsonl"

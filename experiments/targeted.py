@@ -30,7 +30,7 @@ from ibau_jax import IBAUConfig, load, unlearn
 from ibau_jax.defenses import hunt
 from ibau_jax.hypergradient import Direct
 from ibau_jax.training.optimizers import Adam
-from ibau_jax.unlearning import evidence
+from ibau_jax.unlearning import evidence, look
 from ibau_jax.unlearning.config import PRESETS
 
 RESULTS = FOLDER / "targeted.jsonl"
@@ -133,8 +133,8 @@ def without(stack: ExitStack, name: str) -> None:
     geometries = tuple(g for g in evidence.GEOMETRIES if g.name != name)
     if len(geometries) == len(evidence.GEOMETRIES):
         raise ValueError(f"no geometry {name}")
-    stack.enter_context(mock.patch.multiple(evidence, LEVELS=levels, GEOMETRIES=geometries))
-    stack.enter_context(mock.patch.object(hunt, "GEOMETRIES", geometries))
+    for module in (evidence, look, hunt):
+        stack.enter_context(mock.patch.multiple(module, LEVELS=levels, GEOMETRIES=geometries))
 
 
 def pool(stack: ExitStack, value: str) -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ibau_jax.errors import InputError
     from ibau_jax.training.optimizers import SGD, Adam
     from ibau_jax.unlearning.config import IBAUConfig
-    from ibau_jax.unlearning.evidence import inspect
+    from ibau_jax.unlearning.look import inspect
 
 __all__ = [
     "SGD",
@@ -40,7 +40,7 @@ _HOME = {
     "InputError": "errors",
     "Result": "defenses.run",
     "clean_torch": "defenses.torch_module",
-    "inspect": "unlearning.evidence",
+    "inspect": "unlearning.look",
     "unlearn": "defenses.ibau",
 }
 

@@ -14,7 +14,8 @@ from ibau_jax.files import make_folder
 from ibau_jax.results.inspection import write_inspection
 from ibau_jax.results.rows import HTML
 from ibau_jax.unlearning.batches import UNTARGETED
-from ibau_jax.unlearning.evidence import LEVELS, inspect, rule
+from ibau_jax.unlearning.evidence import LEVELS, rule
+from ibau_jax.unlearning.look import inspect
 
 
 def inspect_model(

@@ -20,26 +20,26 @@ from ibau_jax.unlearning.evidence import (
     GEOMETRIES,
     LEVELS,
     NEAR,
+    SQUARE,
     WORTH,
     Perturbation,
-    look,
-    looks,
-    rest,
 )
-from ibau_jax.unlearning.geometries import square
+from ibau_jax.unlearning.look import look, looks, rest
 from ibau_jax.unlearning.objective import Aim
 from ibau_jax.unlearning.search import Search, kept_of, rule_of, share
 
 # What leads to a label at `MOST_OF_THE_WAY` may be of another target from so much of a level on.
-# The largest on one-target VGGs is .52; on two seven-target ones .65 and 1.40, but on three small
-# networks of one target 1.00, 1.11 and 1.24 (experiments/default.md).
-MOST_OF_THE_WAY, SUSPECTED, CERTAIN = 0.7, 0.6, 1.3
+# The largest on one-target VGGs is .57; on two seven-target ones .65 to 1.40, but on three small
+# networks of one target 1.00, 1.11 and 1.24. What tells them apart is what it costs to unlearn a
+# label more: of seven targets a point at most, of a network's own weaknesses up to nine
+# (experiments/default.md).
+MOST_OF_THE_WAY, SUSPECTED, COST = 0.7, 0.6, 0.01
 # Where there are several targets, each has few ascents and a small part of the pool. So more images
 # carry something, what leads to its label no more is left out of the pool, and searches are wider.
 # The strongest window is of many colours, and to unlearn it leaves a trigger of one colour (the
 # white square of BadNets beside six others): so several squares go into the pool, as they are drawn
 # (experiments/default.md).
-SHARES, STARTS, SQUARE, SQUARES = 2.0, 1000, square(4), 8
+SHARES, STARTS, SQUARES = 2.0, 1000, 8
 
 
 class Hunt:
@@ -49,7 +49,7 @@ class Hunt:
     a backdoor brings with it fall with it, and to unlearn them too would cost accuracy. Where it
     shows that there may be other targets, all suspects are the matter of the next stage, which
     begins `anew`, at the given parameters: what the first one left of the others, a search finds
-    badly. Where that is not certain, what the later stages did is kept only if it cost no accuracy.
+    badly. What the later stages did is kept only if it cost little accuracy.
 
     Args:
       right: of `bearable`; None: no images are held back.
@@ -92,8 +92,11 @@ class Hunt:
         # In doubt it is unlearned: a label that is no target costs little.
         self.suspects = self.evidence.suspects or self.evidence.nearly
         self._unlearn(self.suspects[:1])
+        if UNTARGETED in self.targets:  # what leads along the rule that was read
+            self._add(self._score(params))
         # What the searches of all stages can find.
-        self.room = max(1, len(self.suspects)) * self.config.stages * len(LEVELS)
+        each = max(len(GEOMETRIES), len(self.suspects) * len(LEVELS))
+        self.room = each * self.config.stages
 
     def aims(self, number: int) -> list[Aim]:
         """For the ascents of round `number` of a stage."""
@@ -174,11 +177,6 @@ class Hunt:
         """May there be more than one target among the suspects?"""
         return max(self.late.values(), default=0) >= SUSPECTED
 
-    @property
-    def certain(self) -> bool:
-        """Is there more than one?"""
-        return max(self.late.values(), default=0) >= CERTAIN
-
     def _look_late(self, params: Params) -> None:
         """Take down how near what led to the other suspects comes to a level, late on the way.
 
@@ -201,10 +199,11 @@ class Hunt:
         return self.first if self.first is not None and self.back else params
 
     def _costs_too_much(self, params: Params) -> bool:
-        """Have the later stages cost accuracy for what may be no target?"""
-        if self.first is None or self.right is None or self.certain:
+        """Have the later stages cost more accuracy than targets do?"""
+        if self.first is None or self.right is None:
             return False
-        return not bearable(self.right, self.right(self.first), params, budget=0.0)
+        budget = COST * (len(self.unlearned) - 1) if self.others else 0.0
+        return not bearable(self.right, self.right(self.first), params, budget=budget)
 
     def _score(self, params: Params) -> list[Perturbation]:
         """Search afresh: take down how near it comes to a level with each suspect; its finds."""
@@ -212,7 +211,10 @@ class Hunt:
         if not self.suspects:
             return []
         self.left, fresh = rest(
-            *(self.search, self._all(params), self.clean, self.suspects), key=key, starts=starts
+            *(self.search, self._all(params), self.clean, self.suspects),
+            rule=self.evidence.rule,
+            key=key,
+            starts=starts,
         )
         return fresh
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from ibau_jax.unlearning.batches import UNTARGETED
-from ibau_jax.unlearning.evidence import NEAR, Evidence
+from ibau_jax.unlearning.evidence import ALONG, NEAR, Evidence
 
 
 def verdict_of(
@@ -23,17 +23,23 @@ def verdict_of(
       kept: the share of the way that was gone.
     """
     reason = [evidence.reason]
-    if suspects and not evidence.suspects:
-        reason.append("what comes near was unlearned all the same")
-    if not suspects:
-        verdict = "was-clean"
-    else:
+    verdict = "was-clean"
+    if suspects:
         where = max(left, key=lambda label: left[label])
-        cleaned = left[where] < NEAR
-        verdict = "cleaned" if cleaned else "not-cleaned"
-        towards = "" if cleaned or where == UNTARGETED else f" towards label {where}"
-        now = "now a fresh search" if cleaned else "a fresh search still"
-        reason.append(f"{now} comes to {left[where]:.2f} of such a level{towards}")
+        clean = left[where] < NEAR
+        if not evidence.suspects:
+            reason.append("what comes near was unlearned all the same")
+        if evidence.suspects or left[where] >= 1:
+            verdict = "cleaned" if clean else "not-cleaned"
+        now = "now a fresh search" if clean else "a fresh search still"
+        if where == UNTARGETED:
+            reason.append(
+                f"{now} leads {left[where] * ALONG:.0%} of the images where this rule leads them "
+                f"(backdoored from {ALONG:.0%} on)"
+            )
+        else:
+            towards = "" if clean else f" towards label {where}"
+            reason.append(f"{now} comes to {left[where]:.2f} of such a level{towards}")
     if undone:
         labels = ("label " if len(undone) == 1 else "labels ") + ", ".join(map(str, undone))
         reason.append(f"to unlearn {labels} too cost accuracy on held-back images and was undone")

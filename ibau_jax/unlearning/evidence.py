@@ -5,24 +5,22 @@ geometry misleads at least as many images as its level says (`LEVELS`), which li
 was found on clean models (experiments/default.md).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
-from ibau_jax.data import Dataset
-from ibau_jax.models.model import Logits, Params, opened
-from ibau_jax.progress import progress_bar
-from ibau_jax.unlearning.batches import UNTARGETED, check_clean
-from ibau_jax.unlearning.geometries import Geometry, cosine, pixels, window
-from ibau_jax.unlearning.search import Found, Search, check_count
+from ibau_jax.unlearning.batches import UNTARGETED
+from ibau_jax.unlearning.geometries import Geometry, cosine, pixels, square, window
 
 # The strength from which on a label is held for a target.
 LEVELS: Mapping[Geometry, float] = {window(3): 0.6, window(5): 0.7, cosine(0.07): 0.85}
 # All-to-all has no target: so many are misled, and no label gets such a share of them.
 AWAY, MISLED, ALIKE = pixels(9), 0.7, 0.4
-GEOMETRIES = (*LEVELS, AWAY)
+# When most of all-to-all is unlearned, no more images are misled than on a clean model, but more
+# are led along the rule: .29, against .10 at most on a clean one (experiments/default.md).
+ALONG, SQUARE = 0.2, square(4)
+GEOMETRIES = (*LEVELS, AWAY, SQUARE)
 NEAR = 0.85  # of a level: uncertain from here on
 MOST = 7  # labels that are held for targets at once
 SHORTLIST = 12  # labels that are ascended towards, of any number
@@ -71,7 +69,7 @@ class Evidence(NamedTuple):
     @property
     def score(self) -> np.ndarray:
         """How near each label comes to a level, 1 where it reaches one: [L]."""
-        return (self.strength / _levels()).max(0)
+        return scores_of(self.strength).max(0)
 
     @property
     def suspects(self) -> tuple[int, ...]:
@@ -85,7 +83,7 @@ class Evidence(NamedTuple):
         """
         if _many(self.misled, self.alike) >= 1:
             return (UNTARGETED,)
-        support = (self.strength / _levels()).mean(0)
+        support = scores_of(self.strength).mean(0)
         order = np.argsort(-support, kind="stable")
         return tuple(int(label) for label in order if self.score[label] >= 1)[:MOST]
 
@@ -121,7 +119,7 @@ class Evidence(NamedTuple):
     @property
     def reason(self) -> str:
         """Why, in a sentence."""
-        scores = self.strength / _levels()
+        scores = scores_of(self.strength)
         label = int(np.argmax(self.score)) if self.target is None else self.target
         which = int(np.argmax(scores[:, label]))
         geometry = list(LEVELS)[which]
@@ -149,116 +147,11 @@ class Evidence(NamedTuple):
         }
 
 
-def look(
-    search: Search,
-    params: Params,
-    clean: Dataset,
-    num_classes: int,
-    *,
-    key: jax.Array,
-    advance: Callable[[int], None] = lambda count: None,
-) -> Evidence:
-    """Search a model towards each label, and away from the true ones.
-
-    Args:
-      search: knows the `GEOMETRIES`.
-      key: random key.
-      advance: called with 1 after each ascent, `looks(num_classes)` times in all.
-    """
-    keys = jax.random.split(key)
-    labels, levels = range(num_classes), list(LEVELS)
-    towards = search(
-        params, clean, labels, key=keys[0], among=levels, most=SHORTLIST, advance=advance
-    )
-    away = search(params, clean, [UNTARGETED], key=keys[1], among=[AWAY], advance=advance)
-    misled, same = float(away.strength[0, 0]), alike(away.given[0, 0], away.true)
-    found = collect(levels, labels, towards) + collect([AWAY], [UNTARGETED], away)
-    leads = read_rule(away.given[0, 0], away.true, num_classes)
-    return Evidence(towards.strength, misled, same, leads, found)
-
-
-def inspect(
-    logits: Logits, params: Params, clean: Dataset, *, key: jax.Array, progress: bool = False
-) -> Evidence:
-    """Does a model carry a backdoor, and towards which label? The search alone.
-
-    Args:
-      logits, params, clean: as `unlearn` takes them.
-      key: random key (`jax.random.key(seed)`).
-      progress: show a progress bar on stderr.
-
-    Raises:
-      InputError: the model or the clean set are not as described.
-    """
-    clean = check_clean(logits, params, clean)
-    check_count(clean)
-    model, variables = opened(logits, params)
-    search = Search(model, GEOMETRIES)
-    num_classes = jax.eval_shape(logits, params, clean.images[:1]).shape[1]
-    with progress_bar(looks(num_classes), "search", progress) as advance:
-        return look(search, variables, clean, num_classes, key=key, advance=advance)
-
-
-def rest(
-    search: Search,
-    params: Params,
-    clean: Dataset,
-    suspects: Sequence[int],
-    *,
-    key: jax.Array,
-    starts: int | None = None,
-) -> tuple[dict[int, float], list[Perturbation]]:
-    """A fresh search: how near it comes to a level with each suspect (1 reaches it), its finds."""
-    if UNTARGETED in suspects:
-        found = search(params, clean, [UNTARGETED], key=key, among=[AWAY])
-        score = _many(float(found.strength[0, 0]), alike(found.given[0, 0], found.true))
-        return {UNTARGETED: score}, collect([AWAY], [UNTARGETED], found)
-    levels = list(LEVELS)
-    found = search(params, clean, suspects, key=key, among=levels, starts=starts)
-    scores = map(float, (found.strength / _levels()).max(0))
-    return dict(zip(suspects, scores, strict=True)), collect(levels, suspects, found)
-
-
-def looks(num_classes: int) -> int:
-    """How many ascents `look` takes."""
-    return len(LEVELS) * num_classes + 1
-
-
-def collect(
-    geometries: Sequence[Geometry], labels: Sequence[int], found: Found
-) -> list[Perturbation]:
-    """What of a search is worth to be unlearned.
-
-    Of the untargeted ones those that lead to many labels: the others are natural weaknesses.
-    """
-    return [
-        Perturbation(found.deltas[g, i], label, float(found.strength[g, i]), geometry.name)
-        for g, geometry in enumerate(geometries)
-        for i, label in enumerate(labels)
-        if found.strength[g, i] > WORTH
-        and (label != UNTARGETED or alike(found.given[g, i], found.true) < ALIKE)
-    ]
-
-
-def alike(given: np.ndarray, true: np.ndarray) -> float:
-    """Of the images [N] that are misled, the share that gets the most frequent label; 0: none."""
-    wrong = given[given != true]
-    return float(np.bincount(wrong).max() / len(wrong)) if len(wrong) else 0.0
-
-
-def read_rule(given: np.ndarray, true: np.ndarray, num_classes: int) -> np.ndarray:
-    """The label rule of all-to-all, read from labels before and after; see `Evidence`."""
-    counts = np.zeros((num_classes, num_classes), int)
-    np.add.at(counts, (true, given), 1)
-    np.fill_diagonal(counts, 0)
-    return np.where(counts.any(1), counts.argmax(1), UNTARGETED).astype(np.int32)
-
-
 def rule() -> str:
     """The rule of the verdict, in words."""
-    levels = ", ".join(f"{level:.0%} by a {g.name}" for g, level in LEVELS.items())
+    each = ", ".join(f"{level:.0%} by a {g.name}" for g, level in LEVELS.items())
     return (
-        f"backdoored: one perturbation leads {levels} of the images of other labels to a label, or "
+        f"backdoored: one perturbation leads {each} of the images of other labels to a label, or "
         f"{AWAY.name} lead {MISLED:.0%} of all to other labels, none of which gets "
         f"{ALIKE:.0%} of them; uncertain: from {NEAR:.0%} of such a level on. The likeliest "
         "target is the label that comes nearest to the levels of all kinds together; others that "
@@ -271,5 +164,6 @@ def _many(misled: float, same: float) -> float:
     return misled / MISLED if same < ALIKE else 0.0
 
 
-def _levels() -> np.ndarray:
-    return np.array([*LEVELS.values()])[:, None]
+def scores_of(strength: np.ndarray) -> np.ndarray:
+    """How near to its level each strength comes: [G, L] of the geometries of `LEVELS`."""
+    return strength / np.array([*LEVELS.values()])[:, None]

@@ -9,19 +9,17 @@ from ibau_jax import Dataset, InputError, inspect
 from ibau_jax.unlearning.batches import UNTARGETED
 from ibau_jax.unlearning.evidence import (
     ALIKE,
+    ALONG,
     GEOMETRIES,
     LEVELS,
     MISLED,
     NEAR,
     Evidence,
     Perturbation,
-    alike,
-    collect,
-    looks,
-    read_rule,
     rule,
 )
-from ibau_jax.unlearning.search import Found
+from ibau_jax.unlearning.look import alike, look, looks, read_rule, rest
+from ibau_jax.unlearning.search import Found, rule_of, share
 
 KEY = jax.random.key(0)
 DELTA = np.zeros((2, 2, 1), np.float32)
@@ -70,21 +68,43 @@ def test_the_rule_of_all_to_all_is_read():
     np.testing.assert_array_equal(read_rule(given, true, 4), [1, 2, UNTARGETED, UNTARGETED])
 
 
+class Fake:
+    """A search that finds what leads half of all images along what it is asked for."""
+
+    geometries = GEOMETRIES
+    true = np.arange(40) % 5
+
+    def __init__(self, rule):
+        self.rule = rule
+
+    def __call__(self, params, clean, labels, *, among=None, **kwargs):
+        shape = len(among or self.geometries), len(labels)
+        half, rules = np.arange(40) % 2 == 0, [rule_of(label, 5) for label in labels]
+        hit = [np.where(half, self.rule[self.true], self.true)] * len(labels)
+        strength = [
+            share(a, self.true, rule[self.true]) for a, rule in zip(hit, rules, strict=True)
+        ]
+        given = np.broadcast_to(hit, (*shape, 40))
+        deltas = np.zeros((*shape, 2, 2, 1), np.float32)
+        return Found(deltas, np.broadcast_to(strength, shape), given, self.true)
+
+
 def test_an_untargeted_perturbation_that_leads_to_one_label_is_left_out():
-    true = np.arange(10) % 5
-    one, many = np.full(10, 3), (true + 1) % 5
-    found = Found(
-        np.zeros((2, 2, 2, 2, 1)),
-        np.array([[0.8, 0.1], [0.8, 0.8]]),
-        np.array([[one] * 2, [many] * 2]),
-        true,
-    )
-    kept = collect(GEOMETRIES[:2], [3, UNTARGETED], found)
-    assert [(p.label, p.geometry) for p in kept] == [
-        (3, GEOMETRIES[0].name),
-        (3, GEOMETRIES[1].name),
-        (UNTARGETED, GEOMETRIES[1].name),
-    ]
+    for leads, kept in ((np.full(5, 3), [3] * len(LEVELS)), ((np.arange(5) + 1) % 5, [-1])):
+        found = look(Fake(leads), {}, clean(), 5, key=KEY)
+        assert found.misled >= 0.4 and [one.label for one in found.found] == kept
+
+
+def test_what_is_left_of_all_to_all_is_sought_along_its_rule():
+    """Classes that the rule says nothing of do not count."""
+    rule = np.array([1, 2, 3, 4, UNTARGETED])
+    for leads, most in (([1, 2, 3, 4, 0], 0.5), ([1, 2, 3, 4, 4], 0.5), ([1, 2, 0, 0, 0], 0.25)):
+        left, found = rest(Fake(np.array(leads)), {}, clean(), [UNTARGETED], rule=rule, key=KEY)
+        assert left == {UNTARGETED: pytest.approx(most / ALONG)}
+        assert {one.label for one in found} == {UNTARGETED} and len(found) == len(GEOMETRIES)
+    left, found = rest(Fake(np.full(5, 2)), {}, clean(), [2, 3], rule=rule, key=KEY)
+    assert left == {2: pytest.approx(0.5 / min(LEVELS.values())), 3: 0}
+    assert {one.label for one in found} == {2} and len(found) == len(LEVELS)
 
 
 def test_the_rule_names_its_levels():
