@@ -27,11 +27,12 @@ def verdict_of(
     if suspects:
         where = max(left, key=lambda label: left[label])
         clean = left[where] < NEAR
-        if not evidence.suspects:
+        if not evidence.suspects and kept:
             reason.append("what comes near was unlearned all the same")
         if evidence.suspects or left[where] >= 1:
             verdict = "cleaned" if clean else "not-cleaned"
         now = "now a fresh search" if clean else "a fresh search still"
+        now = now if kept else "another search"
         if where == UNTARGETED:
             reason.append(
                 f"{now} leads {left[where] * ALONG:.0%} of the images where this rule leads them "
@@ -44,8 +45,10 @@ def verdict_of(
         labels = ("label " if len(undone) == 1 else "labels ") + ", ".join(map(str, undone))
         reason.append(f"to unlearn {labels} too cost accuracy on held-back images and was undone")
     if kept < 1:
-        reason.append(
-            f"only {kept:.0%} of the way was gone, since more costs too much accuracy on "
-            "held-back images"
+        way = (
+            f"only {kept:.0%} of the way was gone, since more"
+            if kept
+            else "the model is as given, since unlearning"
         )
+        reason.append(f"{way} costs too much accuracy on held-back images")
     return verdict, "; ".join(reason)

@@ -75,8 +75,16 @@ def test_of_accuracy_no_more_is_lost_than_the_budget_beyond_doubt(lost, won, bud
         (0.9, [1, 4, 5], {1: 0.1, 4: 0.2}, [4, 5], 1, "cleaned", "to unlearn labels 4, 5 too"),
         (0.9, [1], {1: 0.1}, [], 0.5, "cleaned", "; only 50% of the way was gone"),
         (0.53, [1], {1: 0.1}, [], 1, "was-clean", "not by much; .*; what comes near was unlearned"),
-        (0.53, [1], {1: 0.9}, [], 0.0, "was-clean", "still comes to 0.90 .*; only 0% of the way"),
-        (0.53, [1], {1: 1.1}, [], 0.0, "not-cleaned", "still comes to 1.10 "),
+        (
+            0.53,
+            [1],
+            {1: 0.9},
+            [],
+            0,
+            "was-clean",
+            "%\\); another search comes to 0.90 .*; the model is as",
+        ),
+        (0.53, [1], {1: 1.1}, [], 0, "not-cleaned", "another search comes to 1.10 "),
         (
             0.0,
             [UNTARGETED],
