@@ -138,7 +138,7 @@ class Search:
             apart = jax.random.fold_in(key, number)
             drawn = self._starts(geometry, apart, images, starts or self.starts, lift)
             seen = self._run(self._look_at, params, drawn, few)
-            heights = [_heights(seen, few_true, rule[few_true]) for rule in rules]
+            heights = [self._heights(seen, few_true, rule[few_true]) for rule in rules]
             shortlist = np.argsort([-h.max() for h in heights], kind="stable")[:most]
             for i, rule in enumerate(rules):
                 delta = drawn[heights[i].argmax()]
@@ -178,18 +178,20 @@ class Search:
         drawn = self._starts(geometry, jax.random.fold_in(key, 1), images, starts, lift_of(images))
         seen = self._run(self._look_at, params, drawn, images)
         rules = [rule_of(label, seen.shape[-1])[true] for label in labels]
-        best_of = [drawn[np.argsort(-_heights(seen, true, r))[:best]] for r in rules]
+        best_of = [drawn[np.argsort(-self._heights(seen, true, r))[:best]] for r in rules]
         return enlarged(np.asarray(best_of), images.shape[1:])
 
     def warm(self, params: Params, clean: Dataset) -> None:
         """Compile what reads the labels."""
         self.label(params, clean.images[: kept_of(len(clean.labels))])
 
-    def _run(self, function: Callable, *args: Any) -> Any:
-        """`function(*args)`, compiled once for arguments of these shapes."""
+    def _run(self, function: Callable, *args: Any, name: str = "") -> Any:
+        """`function(*args)`, compiled once for arguments of these shapes.
+
+        `name` tells functions of the same name apart.
+        """
         shapes = jax.eval_shape(lambda *args: args, *args)
-        name = getattr(function, "func", function).__name__
-        key = name, str(shapes)
+        key = getattr(function, "func", function).__name__, name, str(shapes)
         if key not in self._programs:
             with self._compiling():
                 self._programs[key] = jax.jit(function).lower(*args).compile()
@@ -201,8 +203,13 @@ class Search:
         shape = on_grid(images.shape[1:])
         if geometry.draw is None:
             return jnp.zeros((1, *shape), images.dtype)
-        drawn = geometry.draw(key, count, shape) + lift * geometry.lift
-        return drawn.astype(images.dtype)
+        draw = partial(_draw, geometry=geometry, count=count, shape=shape)
+        lift = np.asarray(lift * geometry.lift, images.dtype)
+        return self._run(draw, key, lift, name=f"{geometry.name} {count} {shape}")
+
+    def _heights(self, seen: jax.Array, true: np.ndarray, towards: np.ndarray) -> np.ndarray:
+        """How well each start does: what `_look_at` saw -> [starts]."""
+        return np.asarray(self._run(_heights, seen, true, towards))
 
     def _classes(self, params: Params, images: np.ndarray) -> int:
         return jax.eval_shape(self.logits, params, images[:1]).shape[1]
@@ -268,11 +275,17 @@ def kept_of(count: int) -> int:
     return min(200, count // 2)
 
 
-def _heights(logits: jax.Array, true: np.ndarray, towards: np.ndarray) -> np.ndarray:
-    """How well each start does: logits [starts, N, classes] -> [starts]."""
-    flat = logits.reshape(-1, logits.shape[-1])
-    each = height(flat, *(jnp.asarray(np.tile(a, len(logits))) for a in (true, towards)))
-    return np.asarray(each).reshape(len(logits), -1).sum(1)
+def _draw(
+    key: jax.Array, lift: jax.Array, *, geometry: Geometry, count: int, shape: tuple[int, int, int]
+) -> jax.Array:
+    """Random perturbations, raised by `lift`: [count, H, W, C]."""
+    assert geometry.draw is not None
+    return geometry.draw(key, count, shape).astype(lift.dtype) + lift
+
+
+def _heights(seen: jax.Array, true: jax.Array, towards: jax.Array) -> jax.Array:
+    """The height of each start over the images: [starts, N, classes] -> [starts]."""
+    return jax.vmap(lambda logits: height(logits, true, towards).sum())(seen)
 
 
 def rule_of(label: Label, num_classes: int) -> np.ndarray:

@@ -127,8 +127,9 @@ def test_a_budget_of_nothing_goes_back():
     """With a rate that destroys the model hardly anything of the way is gone."""
     wild = replace(QUICK, outer_optimizer=optax.adam(0.1), budget=0.0)
     found = unlearn(MODEL, small_model(0, True), clean(), config=wild, key=KEY)
-    assert found.diagnostics["kept"] <= 0.3
-    assert "of the way was gone" in found.diagnostics["reason"]
+    kept, reason = (found.diagnostics[name] for name in ("kept", "reason"))
+    assert kept <= 0.3
+    assert (f"only {kept:.0%} of the way was gone" if kept else "is as given") in reason
     assert measure(found.params)["acc"] > measure(small_model(0, True))["acc"] - 0.1
 
 
