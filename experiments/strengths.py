@@ -69,8 +69,8 @@ def run(grid: Run) -> None:
                     "geometry": geometry.name,
                     "strength": strength[:-1].tolist(),
                     "untargeted": strength[-1],
-                    "same_label": alike(given[-1], found.true),
-                    "same_shift": alike(shift, np.zeros_like(shift)),
+                    "same_label": alike(given[-1], found.true)[1],
+                    "same_shift": alike(shift, np.zeros_like(shift))[1],
                 }
             )
         write_rows(grid.out, [*done, *rows])

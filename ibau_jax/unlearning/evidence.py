@@ -21,7 +21,9 @@ AWAY, MISLED, ALIKE = pixels(9), 0.7, 0.4
 # are led along the rule: .29, against .10 at most on a clean one (experiments/default.md).
 ALONG, SQUARE = 0.2, square(4)
 GEOMETRIES = (*LEVELS, AWAY, SQUARE)
-NEAR = 0.85  # of a level: uncertain from here on
+# Of a level: uncertain from here on; unless both kinds of search agree, and so many of all images
+# go to the label under `AWAY` too (clean models: .21 at most; experiments/default.md).
+NEAR, AGREED = 0.85, 0.5
 MOST = 7  # labels that are held for targets at once
 SHORTLIST = 12  # labels that are ascended towards, of any number
 WORTH = 0.2  # strength below which nothing is worth to be unlearned
@@ -58,6 +60,7 @@ class Evidence(NamedTuple):
       rule: int32 [L], the label that the perturbation of `AWAY` gives most of the images of each
         class that it misleads; `UNTARGETED` where it misleads none.
       found: the perturbations of strength `WORTH` and more, also towards other labels.
+      where: that most frequent label.
     """
 
     strength: np.ndarray
@@ -65,6 +68,7 @@ class Evidence(NamedTuple):
     alike: float
     rule: np.ndarray
     found: list[Perturbation]
+    where: int = UNTARGETED
 
     @property
     def score(self) -> np.ndarray:
@@ -85,7 +89,13 @@ class Evidence(NamedTuple):
             return (UNTARGETED,)
         support = scores_of(self.strength).mean(0)
         order = np.argsort(-support, kind="stable")
-        return tuple(int(label) for label in order if self.score[label] >= 1)[:MOST]
+        least = NEAR if self.score.max() < 1 and self._agree else 1
+        return tuple(int(label) for label in order if self.score[label] >= least)[:MOST]
+
+    @property
+    def _agree(self) -> bool:
+        """Do both kinds of search, towards a label and away from the true ones, name the same?"""
+        return self.where == self.score.argmax() and self.misled * self.alike >= AGREED
 
     @property
     def nearly(self) -> tuple[int, ...]:
@@ -131,6 +141,8 @@ class Evidence(NamedTuple):
             f"{AWAY.name} lead {self.misled:.0%} of the images to other labels, of which one gets "
             f"{self.alike:.0%} (all-to-all from {MISLED:.0%} on and below {ALIKE:.0%})"
         )
+        if self.suspects and self.score[label] < 1 and self.target is not None:
+            return f"{best}, and {AWAY.name} {self.misled * self.alike:.0%} of all images too"
         if self.suspects:
             return many if UNTARGETED in self.suspects else best
         by_little = ", but not by much" if self.verdict == "uncertain" else ""
@@ -153,7 +165,8 @@ def rule() -> str:
     return (
         f"backdoored: one perturbation leads {each} of the images of other labels to a label, or "
         f"{AWAY.name} lead {MISLED:.0%} of all to other labels, none of which gets "
-        f"{ALIKE:.0%} of them; uncertain: from {NEAR:.0%} of such a level on. The likeliest "
+        f"{ALIKE:.0%} of them; uncertain: from {NEAR:.0%} of such a level on, but backdoored where "
+        f"{AWAY.name} lead {AGREED:.0%} of all images to that label too. The likeliest "
         "target is the label that comes nearest to the levels of all kinds together; others that "
         "reach one can be targets too, or weaknesses that a backdoor brings with it"
     )

@@ -47,12 +47,13 @@ def look(
         params, clean, labels, key=keys[0], among=geometries, most=SHORTLIST, advance=advance
     )
     away = search(params, clean, [UNTARGETED], key=keys[1], among=[AWAY], advance=advance)
-    misled, same = float(away.strength[0, 0]), alike(away.given[0, 0], away.true)
+    misled = float(away.strength[0, 0])
+    where, same = alike(away.given[0, 0], away.true)
     found = collect(geometries, labels, towards)
     if same < ALIKE:  # else it is a weakness towards one label
         found += collect([AWAY], [UNTARGETED], away)
     leads = read_rule(away.given[0, 0], away.true, num_classes)
-    return Evidence(towards.strength, misled, same, leads, found)
+    return Evidence(towards.strength, misled, same, leads, found, where)
 
 
 def inspect(
@@ -122,10 +123,16 @@ def collect(
     ]
 
 
-def alike(given: np.ndarray, true: np.ndarray) -> float:
-    """Of the images [N] that are misled, the share that gets the most frequent label; 0: none."""
+def alike(given: np.ndarray, true: np.ndarray) -> tuple[int, float]:
+    """Of the images [N] that are misled, the most frequent label, and the share that gets it.
+
+    `UNTARGETED` and 0 where none is.
+    """
     wrong = given[given != true]
-    return float(np.bincount(wrong).max() / len(wrong)) if len(wrong) else 0.0
+    if not len(wrong):
+        return UNTARGETED, 0.0
+    counts = np.bincount(wrong)
+    return int(counts.argmax()), float(counts.max() / len(wrong))
 
 
 def read_rule(given: np.ndarray, true: np.ndarray, num_classes: int) -> np.ndarray:

@@ -204,8 +204,8 @@ class Search:
         if geometry.draw is None:
             return jnp.zeros((1, *shape), images.dtype)
         draw = partial(_draw, geometry=geometry, count=count, shape=shape)
-        lift = np.asarray(lift * geometry.lift, images.dtype)
-        return self._run(draw, key, lift, name=f"{geometry.name} {count} {shape}")
+        raised = np.asarray(lift * geometry.lift, images.dtype)
+        return self._run(draw, key, raised, name=f"{geometry.name} {count} {shape}")
 
     def _heights(self, seen: jax.Array, true: np.ndarray, towards: np.ndarray) -> np.ndarray:
         """How well each start does: what `_look_at` saw -> [starts]."""

@@ -8,6 +8,7 @@ from conftest import MODEL, SQUARE, clean, small_model
 from ibau_jax import Dataset, InputError, inspect
 from ibau_jax.unlearning.batches import UNTARGETED
 from ibau_jax.unlearning.evidence import (
+    AGREED,
     ALIKE,
     ALONG,
     GEOMETRIES,
@@ -25,11 +26,11 @@ KEY = jax.random.key(0)
 DELTA = np.zeros((2, 2, 1), np.float32)
 
 
-def evidence(strength=0.0, misled=0.0, same=1.0):
+def evidence(strength=0.0, misled=0.0, same=1.0, where=UNTARGETED):
     table = np.zeros((len(LEVELS), 4))
     table[0, 2] = strength
     found = [Perturbation(DELTA, 2, s, g.name) for s, g in zip((0.5, 0.9), LEVELS, strict=False)]
-    return Evidence(table, misled, same, np.zeros(4, np.int32), found)
+    return Evidence(table, misled, same, np.zeros(4, np.int32), found, where)
 
 
 @pytest.mark.parametrize(
@@ -37,6 +38,10 @@ def evidence(strength=0.0, misled=0.0, same=1.0):
     [
         (evidence(0.3), "clean", (), "nothing stands out; a 3x3 window leads 30%"),
         (evidence(0.55), "uncertain", (2,), "nothing stands out, but not by much; a 3x3 window"),
+        (evidence(0.55, 0.9, 0.5, where=2), "uncertain", (2,), "nothing stands out, but not by"),
+        (evidence(0.55, 0.9, 0.9, where=3), "uncertain", (2,), "nothing stands out, but not by"),
+        (evidence(0.55, 0.9, 0.9, where=2), "backdoored", (), "a 3x3 window leads 55%"),
+        (evidence(0.5, 0.9, 0.9, where=2), "clean", (), "nothing stands out; a 3x3 window leads"),
         (evidence(0.7), "backdoored", (), "a 3x3 window leads 70%"),
         (evidence(misled=0.9, same=0.1), "backdoored", (), "9 pixels lead 90%"),
         (evidence(misled=0.65, same=0.1), "uncertain", (UNTARGETED,), "nothing stands out, but"),
@@ -47,6 +52,9 @@ def test_verdict(found, verdict, nearly, said):
     assert (found.verdict, found.nearly) == (verdict, nearly)
     assert found.reason.startswith(said)
     assert ("label 2 (a target from 60% on)" in found.reason) == (found.strength.max() > 0)
+    assert ("81% of all images too" in found.reason) == (
+        verdict == "backdoored" and 0.5 < found.strength.max() < 0.6
+    )
 
 
 def test_pictures_are_of_suspects_the_strongest_first():
@@ -58,8 +66,8 @@ def test_pictures_are_of_suspects_the_strongest_first():
 
 def test_alike():
     true = np.array([0, 0, 0, 1, 2])
-    assert alike(true, true) == 0
-    assert alike(np.array([1, 1, 2, 1, 0]), true) == 0.5
+    assert alike(true, true) == (UNTARGETED, 0)
+    assert alike(np.array([1, 1, 2, 1, 0]), true) == (1, 0.5)
 
 
 def test_the_rule_of_all_to_all_is_read():
@@ -108,7 +116,7 @@ def test_what_is_left_of_all_to_all_is_sought_along_its_rule():
 
 
 def test_the_rule_names_its_levels():
-    for number in (*LEVELS.values(), MISLED, ALIKE, NEAR):
+    for number in (*LEVELS.values(), MISLED, ALIKE, NEAR, AGREED):
         assert f"{number:.0%}" in rule()
 
 

@@ -80,7 +80,8 @@ def test_the_search():
         search, given, data = Search(MODEL, GEOMETRIES, steps=2), variables(seed), clean()
         found = []
 
-        def run(function, *args):
+        def run(function, *args, name=""):
+            del name
             found.append((lowered := jax.jit(function).lower(*args)).as_text())
             return jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), lowered.out_info)
 

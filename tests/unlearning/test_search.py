@@ -266,7 +266,10 @@ def test_of_many_labels_the_few_are_ascended_that_starts_lead_to():
     before = len(SEARCH._programs)
     calls = []
     run = SEARCH._run
-    SEARCH._run = lambda function, *args: (calls.append(function), run(function, *args))[1]
+    SEARCH._run = lambda function, *args, **names: (
+        calls.append(function),
+        run(function, *args, **names),
+    )[1]
     few = SEARCH(model, data, labels, key=KEY, most=3)
     del SEARCH._run
     ascents = [f for f in calls if getattr(f, "func", None) == SEARCH._ascend]
