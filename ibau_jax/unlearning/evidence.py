@@ -89,13 +89,13 @@ class Evidence(NamedTuple):
             return (UNTARGETED,)
         support = scores_of(self.strength).mean(0)
         order = np.argsort(-support, kind="stable")
-        least = NEAR if self.score.max() < 1 and self._agree else 1
-        return tuple(int(label) for label in order if self.score[label] >= least)[:MOST]
-
-    @property
-    def _agree(self) -> bool:
-        """Do both kinds of search, towards a label and away from the true ones, name the same?"""
-        return self.where == self.score.argmax() and self.misled * self.alike >= AGREED
+        reach = tuple(int(label) for label in order if self.score[label] >= 1)[:MOST]
+        nearest = int(self.score.argmax())
+        # Both kinds of search, towards a label and away from the true ones, name the same.
+        agree = self.where == nearest and self.misled * self.alike >= AGREED
+        if not reach and agree and self.score[nearest] >= NEAR:
+            return (nearest,)
+        return reach
 
     @property
     def nearly(self) -> tuple[int, ...]:

@@ -28,7 +28,7 @@ from ibau_jax.models.predict import predict
 from ibau_jax.models.stored import StoredModel
 from ibau_jax.results.metrics import Metrics
 from ibau_jax.results.rows import ARRAYS, HTML, PARTIAL, ROWS, read_rows
-from ibau_jax.unlearning import evidence
+from ibau_jax.unlearning import evidence, look
 from ibau_jax.unlearning.search import Search
 
 NOTHING = Metrics(acc=1.0, asr=None, asr_excl=None, ra=None, n=40)
@@ -149,7 +149,7 @@ def test_without_labels(capsys, digits_model, tmp_path, monkeypatch):
 
 
 def test_inspect(capsys, digits_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(evidence, "Search", partial(Search, starts=4, steps=1, batch=5, few=2))
+    monkeypatch.setattr(look, "Search", partial(Search, starts=4, steps=1, batch=5, few=2))
     out = tmp_path / "inspected"
     command = ["inspect", "--model", digits_model, "--clean", "test[:20]", "--out", out]
     status, printed, err = run(capsys, *command, "--json")
@@ -168,7 +168,7 @@ def test_inspect(capsys, digits_model, tmp_path, monkeypatch):
     )
     # The help has the numbers in words, so that it starts quickly.
     told = re.findall(r"([\d.]+) %", cli.inspect.__doc__)
-    numbers = [*evidence.LEVELS.values(), evidence.MISLED, evidence.ALIKE]
+    numbers = [*evidence.LEVELS.values(), evidence.MISLED, evidence.ALIKE, evidence.AGREED]
     assert told == [f"{100 * number:.0f}" for number in numbers]
     assert "amplitude 0.07" in cli.inspect.__doc__ and "cosine 0.07" in names
     status, printed, _ = run(capsys, *command)

@@ -13,7 +13,7 @@ from PIL import Image
 from ibau_jax.data import Dataset, load
 from ibau_jax.models.files import load_model, save_model
 from ibau_jax.results.rows import HTML, read_rows
-from ibau_jax.unlearning import evidence
+from ibau_jax.unlearning import look
 from ibau_jax.unlearning.search import Search
 
 
@@ -80,7 +80,7 @@ def test_evaluate_with_names_and_a_size(capsys, digits_model, own):
 
 
 def test_inspect_a_folder(capsys, digits_model, own, monkeypatch):
-    monkeypatch.setattr(evidence, "Search", partial(Search, starts=4, steps=1, batch=5, few=2))
+    monkeypatch.setattr(look, "Search", partial(Search, starts=4, steps=1, batch=5, few=2))
     command = ["inspect", "--model", digits_model, "--out", "out", "--json"]
     found, err = run(capsys, *command, "--clean", "clean")
     assert found["n_clean"] == 30 and found["classes"] == CLASSES and found["clean"] == "clean"

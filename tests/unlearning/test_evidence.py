@@ -33,6 +33,13 @@ def evidence(strength=0.0, misled=0.0, same=1.0, where=UNTARGETED):
     return Evidence(table, misled, same, np.zeros(4, np.int32), found, where)
 
 
+def test_where_both_searches_agree_one_label_is_a_suspect():
+    found = evidence(0.55, 0.9, 0.9, where=2)
+    found.strength[0, 1] = 0.54  # near a level too
+    assert found.suspects == (2,)
+    assert evidence(0.7, 0.9, 0.9, where=1).suspects == (2,)
+
+
 @pytest.mark.parametrize(
     ("found", "verdict", "nearly", "said"),
     [
