@@ -9,9 +9,13 @@ from ibau_jax.models.model import Params
 
 
 def bearable(
-    right: Callable[[Params], np.ndarray], before: np.ndarray, params: Params, budget: float | None
+    right: Callable[[Params], np.ndarray],
+    before: np.ndarray,
+    params: Params,
+    budget: float | None,
+    doubt: float = 1.0,
 ) -> bool:
-    """Is no more accuracy lost than `budget` and one standard error; with None, none at all?
+    """Is no more accuracy lost than `budget` and `doubt` standard errors; with None, none at all?
 
     Few images say little. The error is that of the difference, in which only those count that
     changed (McNemar's test).
@@ -24,7 +28,8 @@ def bearable(
     lost = before.mean() - after.mean()
     if budget is None:
         return bool(lost <= 0)
-    return bool(lost <= budget + np.sqrt(np.sum(before != after)) / len(before))
+    error = np.sqrt(np.sum(before != after)) / len(before)
+    return bool(lost <= budget + doubt * error)
 
 
 def roll_back(

@@ -194,16 +194,20 @@ class Hunt:
                 self.late[one.label] = max(score, self.late.get(one.label, 0.0))
 
     def settled(self, params: Params) -> Params:
-        """Of the parameters after the last stage and after the first one those to be returned."""
-        self.back = self._costs_too_much(params)
+        """Of the parameters after the last stage and after the first one those to be returned.
+
+        Of what may be no target it has to be seen that it cost little; on the way, when the next
+        stage may give some back, it is enough that it is not seen that it cost much.
+        """
+        self.back = self._costs_too_much(params, doubt=0.0 if self.others else 1.0)
         return self.first if self.first is not None and self.back else params
 
-    def _costs_too_much(self, params: Params) -> bool:
-        """Have the later stages cost more accuracy than targets do?"""
+    def _costs_too_much(self, params: Params, doubt: float = 1.0) -> bool:
+        """Have the later stages cost more accuracy than targets do, and `doubt` errors?"""
         if self.first is None or self.right is None:
             return False
         budget = COST * (len(self.unlearned) - 1) if self.others else 0.0
-        return not bearable(self.right, self.right(self.first), params, budget=budget)
+        return not bearable(self.right, self.right(self.first), params, budget, doubt)
 
     def _score(self, params: Params) -> list[Perturbation]:
         """Search afresh: take down how near it comes to a level with each suspect; its finds."""
