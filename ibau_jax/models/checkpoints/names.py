@@ -63,7 +63,7 @@ def check_fit(
     more = [name for name in found if name not in wanted]
     if missing or more:
         told = [
-            f"{what} {short(repr(names[0]))} (and {len(names) - 1} more)"
+            f"{what} {short(repr(names[0]))}" + f" (and {len(names) - 1} more)" * (len(names) > 1)
             for what, names in (("missing", missing), ("unexpected", more))
             if names
         ]
