@@ -36,7 +36,7 @@ class NADConfig:
 
     Attributes:
       betas: weight of the attention loss of each map, from the first to the last; of a model with
-        more maps, of the last so many.
+        more maps, of the last so many, and of one with fewer the last so many of these.
       teacher, student: the two fine-tunings.
       crop: shift images by up to so many pixels (zeros come in).
       flip: mirror half of the images. Right for CIFAR-10; a mirrored traffic sign is another
@@ -99,16 +99,20 @@ def nad(job: Job) -> Rounds:
     A round is an epoch of the student, with its mean `loss`. The teacher is among the `models`.
 
     Raises:
-      InputError: the model is a plain function, or shows fewer maps than there are `betas`.
+      InputError: the model is a plain function, or shows no maps.
     """
     model = needs_maps(job.model, "nad", "compares attention maps")
     config, images = job.config, job.clean.images
     shown = jax.eval_shape(lambda v, x: model.look(v, x)[1], job.variables, images[:1])
-    if len(shown) < len(config.betas):
+    if not shown:
         raise InputError(
-            f"the model shows {len(shown)} maps: expected {len(config.betas)}, one for each of "
-            f"betas {config.betas}; a module shows what it sows (see ibau_jax.models.VGG)"
+            f"the model shows 0 maps: expected {len(config.betas)}, one for each of betas "
+            f"{config.betas}; a module shows what it sows (see ibau_jax.models.VGG)"
         )
+    fewer = {}
+    if len(shown) < len(config.betas):
+        config = replace(config, betas=config.betas[-len(shown) :])
+        fewer["note"] = f"the model shows {len(shown)} maps: the betas are {config.betas}"
     teacher_key, key = jax.random.split(job.key)
     yield job.variables, {}
     alone = distillation(model, config, job.devices.axis, None)
@@ -123,7 +127,7 @@ def nad(job: Job) -> Rounds:
         job, job.variables, job.clean, config.student, key=key, objective=attentive,
         title="student",
     )  # fmt: skip
-    return Told(models={"teacher": teacher})
+    return Told(diagnostics=fewer, models={"teacher": teacher})
 
 
 def distillation(model: Model, config: NADConfig, axis: str | None, teacher: Any | None):

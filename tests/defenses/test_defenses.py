@@ -592,6 +592,17 @@ def test_augmentation():
     assert sum(np.array_equal(shifted[0], w) for w in windows) == 1
 
 
+def test_of_fewer_maps_the_last_betas_count():
+    settings = NADConfig(teacher=ONE, student=ONE, crop=0, flip=False, cutout=0)
+    every, two = (
+        nad(MODEL, small_model(0, True), clean(), config=replace(settings, betas=betas), key=KEY)
+        for betas in ((9.0, 500.0, 1000.0), (500.0, 1000.0))
+    )
+    same(every.params, two.params)
+    assert "shows 2 maps: the betas are (500.0, 1000.0)" in every.diagnostics["note"]
+    assert "note" not in two.diagnostics
+
+
 def test_wrong_settings_are_refused():
     with pytest.raises(InputError, match="six numbers"):
         TaborConfig(weights=(1.0,))
@@ -601,8 +612,6 @@ def test_wrong_settings_are_refused():
         FinePruningConfig(part=1.0)
     with pytest.raises(InputError, match="rate is 0: expected a positive number"):
         SGD(rate=0)
-    with pytest.raises(InputError, match="shows 2 maps: expected 3, one for each of betas"):
-        nad(MODEL, small_model(0, True), clean(), key=KEY)
     with pytest.raises(InputError, match="fine-tuning: the loss of epoch 1.*1e.30.*smaller rate"):
         wild = replace(ONE, optimizer=SGD(1e30, momentum=0.9))
         finetune(MODEL, small_model(0, True), clean(), config=wild, key=KEY)

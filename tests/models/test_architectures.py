@@ -60,7 +60,7 @@ def test_all_have_what_defenses_ask_for(name):
     module, variables = build(name, 10), shapes(name)
     images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
     logits, maps = jax.eval_shape(Classifier(module).look, variables, images)
-    # NAD wants three; `vgg-mini` has one block, and NAD says so.
+    # NAD takes three where there are as many; `vgg-mini` has one block.
     assert logits.shape == (2, 10) and len(maps) >= (1 if name == "vgg-mini" else 3)
     features = jax.eval_shape(partial(module.apply, features=True), variables, images)
     kernel = variables["params"]["classifier"]["kernel"]
