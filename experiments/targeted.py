@@ -97,6 +97,7 @@ ABLATION: tuple[tuple[str, ...], ...] = (
     ("without=3x3-window",),
     ("without=5x5-window",),
     ("without=cosine-0.07",),
+    ("without=field-0.05",),
     ("preset=untargeted",),
 )
 

@@ -31,9 +31,10 @@ from ibau_jax.unlearning.search import Search, kept_of, rule_of, share
 # What leads to a label at `MOST_OF_THE_WAY` may be of another target from so much of a level on.
 # The largest on one-target VGGs is .57; on two seven-target ones .65 to 1.40, but on three small
 # networks of one target 1.00, 1.11 and 1.24. What tells them apart is what it costs to unlearn a
-# label more: of seven targets a point at most, of a network's own weaknesses up to nine
+# label more: of seven targets .004 of the accuracy at most, of weaknesses .008 to .09. Before the
+# last stage, which gives accuracy back, only a cost beyond three standard errors ends it
 # (experiments/default.md).
-MOST_OF_THE_WAY, SUSPECTED, COST = 0.7, 0.6, 0.01
+MOST_OF_THE_WAY, SUSPECTED, COST, DOUBT = 0.7, 0.6, 0.005, 3.0
 # Where there are several targets, each has few ascents and a small part of the pool. So more images
 # carry something, what leads to its label no more is left out of the pool, and searches are wider.
 # The strongest window is of many colours, and to unlearn it leaves a trigger of one colour (the
@@ -161,7 +162,7 @@ class Hunt:
         still = [label for label, score in self.left.items() if score >= NEAR or self.anew]
         if not (still or self.others) or self.stage == self.config.stages:
             return False
-        if self.stage > 1 and self._costs_too_much(params):
+        if self.stage > 1 and self._costs_too_much(params, DOUBT if self.others else 1.0):
             return False
         if self.stage == 1 and self.left[self.unlearned[0]] < NEAR:
             self.first = params
@@ -199,10 +200,10 @@ class Hunt:
         Of what may be no target it has to be seen that it cost little; on the way, when the next
         stage may give some back, it is enough that it is not seen that it cost much.
         """
-        self.back = self._costs_too_much(params, doubt=0.0 if self.others else 1.0)
+        self.back = self._costs_too_much(params, 0.0 if self.others else 1.0)
         return self.first if self.first is not None and self.back else params
 
-    def _costs_too_much(self, params: Params, doubt: float = 1.0) -> bool:
+    def _costs_too_much(self, params: Params, doubt: float) -> bool:
         """Have the later stages cost more accuracy than targets do, and `doubt` errors?"""
         if self.first is None or self.right is None:
             return False

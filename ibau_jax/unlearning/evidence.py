@@ -11,10 +11,15 @@ from typing import NamedTuple
 import numpy as np
 
 from ibau_jax.unlearning.batches import UNTARGETED
-from ibau_jax.unlearning.geometries import Geometry, cosine, pixels, square, window
+from ibau_jax.unlearning.geometries import Geometry, cosine, field, pixels, square, window
 
 # The strength from which on a label is held for a target.
-LEVELS: Mapping[Geometry, float] = {window(3): 0.6, window(5): 0.7, cosine(0.07): 0.85}
+LEVELS: Mapping[Geometry, float] = {
+    window(3): 0.6,
+    window(5): 0.7,
+    cosine(0.07): 0.85,
+    field(0.05): 0.6,
+}
 # All-to-all has no target: so many are misled, and no label gets such a share of them.
 AWAY, MISLED, ALIKE = pixels(9), 0.7, 0.4
 # When most of all-to-all is unlearned, no more images are misled than on a clean model, but more

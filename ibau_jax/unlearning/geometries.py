@@ -109,6 +109,32 @@ def cosine(amplitude: float, frequencies: int = 8) -> Geometry:
     return Geometry(f"cosine {amplitude:g}", vertex, draw, lift=amplitude)
 
 
+def field(size: float, waves: int = 4) -> Geometry:
+    """What changes slowly over the image: sums of its lowest cosines, of root mean square `size`.
+
+    Of each side the constant and the next ones, with one half period more each, `waves` in all.
+    """
+
+    def vertex(direction):
+        rows, columns = _lowest(direction.shape[0], waves), _lowest(direction.shape[1], waves)
+        parts = jnp.einsum("kh,lw,hwc->klc", rows, columns, direction)
+        return sized(jnp.einsum("kh,lw,klc->hwc", rows, columns, parts)).astype(direction.dtype)
+
+    def draw(key, count, shape):
+        rows, columns = _lowest(shape[0], waves), _lowest(shape[1], waves)
+        keys = jax.random.split(key)
+        parts = jax.random.normal(keys[0], (count, len(rows), len(columns), shape[2]))
+        grey = jax.random.bernoulli(keys[1], 0.5, (count, 1, 1, 1))
+        parts = jnp.where(grey, parts[..., :1], parts)
+        return jax.vmap(sized)(jnp.einsum("kh,lw,nklc->nhwc", rows, columns, parts))
+
+    def sized(picture):
+        now = jnp.sqrt(jnp.mean(picture**2))
+        return size * picture / jnp.where(now > 0, now, 1)
+
+    return Geometry(f"field {size:g}", vertex, draw)
+
+
 def sphere(radius: float) -> Geometry:
     """An l2 norm of `radius`, in the units of images in [0, 1]."""
 
@@ -120,6 +146,13 @@ def sphere(radius: float) -> Geometry:
 
 
 GEOMETRIES = (window(3), pixels(9), window(5), pixels(25), cosine(0.1), sphere(1.0))
+
+
+def _lowest(length: int, waves: int) -> jax.Array:
+    """The lowest cosines of a side (DCT-II), orthonormal: [waves, length]."""
+    wave, place = jnp.arange(min(waves, length))[:, None], jnp.arange(length)
+    cosines = jnp.cos(jnp.pi * wave * (2 * place + 1) / (2 * length))
+    return cosines / jnp.linalg.norm(cosines, axis=1, keepdims=True)
 
 
 def _in_window(picture: jax.Array, corner: Any, size: tuple[int, int]) -> jax.Array:

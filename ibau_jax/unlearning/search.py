@@ -2,8 +2,9 @@
 
 The untargeted ascent of Algorithm 1 in a ball runs to natural weaknesses and misses triggers that
 lie elsewhere. Here delta is a vertex of one of several sets (a window or a few pixels of extreme
-colours, a cosine, a point of a sphere), and the ascent goes towards each label: Frank-Wolfe, which
-needs of a set no more than its vertex in a direction (Jaggi, ICML 2013).
+colours, a cosine, a field that changes slowly, a point of a sphere), and the ascent goes towards
+each label: Frank-Wolfe, which needs of a set no more than its vertex in a direction (Jaggi, ICML
+2013).
 
 At clean images the gradient says little of a trigger, but models answer to much less than the
 whole of it. So a search starts from the best of many vertices drawn at random, looked at with one

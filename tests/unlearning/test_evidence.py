@@ -135,4 +135,4 @@ def test_inspect_names_the_target():
 
 
 def test_advance_is_called_for_each_ascent():
-    assert looks(10) == 31
+    assert looks(10) == 41

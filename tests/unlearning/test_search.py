@@ -14,6 +14,7 @@ from ibau_jax.unlearning.geometries import (
     GEOMETRIES,
     Geometry,
     cosine,
+    field,
     lift_of,
     pixels,
     sphere,
@@ -25,9 +26,10 @@ from ibau_jax.unlearning.search import Search, height, rule_of, share
 
 KEY = jax.random.key(0)
 SHAPE = (7, 6, 2)
+ALL = (*GEOMETRIES, square(3), field(0.1))
 
 
-@pytest.mark.parametrize("geometry", (*GEOMETRIES, square(3)), ids=lambda geometry: geometry.name)
+@pytest.mark.parametrize("geometry", ALL, ids=lambda geometry: geometry.name)
 @given(seed=st.integers(0, 2**31))
 def test_no_member_goes_farther_than_the_vertex(geometry, seed):
     keys = jax.random.split(jax.random.key(seed), 2)
@@ -44,7 +46,7 @@ def test_no_member_goes_farther_than_the_vertex(geometry, seed):
     np.testing.assert_allclose(geometry.vertex(vertex), vertex, atol=1e-4)
 
 
-@pytest.mark.parametrize("geometry", (*GEOMETRIES, square(3)), ids=lambda geometry: geometry.name)
+@pytest.mark.parametrize("geometry", ALL, ids=lambda geometry: geometry.name)
 def test_vertices_keep_the_precision_of_the_images(geometry, x64):
     for dtype in (np.float32, np.float64):
         assert geometry.vertex(jnp.ones(SHAPE, dtype)).dtype == dtype
@@ -77,6 +79,21 @@ def test_a_square_is_of_one_colour_where_it_goes_farthest():
     np.testing.assert_array_equal(square(2).vertex(jnp.array(direction)), wanted)
     drawn = np.asarray(square(3).draw(KEY, 30, SHAPE))
     assert len(drawn) == 30 and all(len({tuple(p) for p in d[d.any(-1)]}) == 1 for d in drawn)
+
+
+def test_fields_are_of_one_size_and_change_slowly():
+    image = (32, 24, 3)
+    drawn = np.asarray(field(0.05).draw(KEY, 30, image))
+    np.testing.assert_allclose(np.sqrt((drawn**2).mean((1, 2, 3))), 0.05, rtol=1e-5)
+    grey = np.ptp(drawn, axis=-1).max((1, 2)) < 1e-6
+    assert 5 < grey.sum() < 25  # of one colour, some; of three the others
+    steps = [np.abs(np.diff(drawn, axis=axis)).max((1, 2, 3)) for axis in (1, 2)]
+    assert np.max(steps) < 0.25 * np.ptp(drawn)  # noise of that size: as much as all there is
+    # A field is farthest along itself, and along a cosine of ten periods it goes nowhere.
+    np.testing.assert_allclose(field(0.05).vertex(drawn[0]), drawn[0], atol=1e-6)
+    fast = np.cos(np.pi * 20 * (np.arange(32) + 0.5) / 32)[:, None, None] * np.ones(image)
+    np.testing.assert_allclose(field(0.05).vertex(jnp.asarray(fast + 0.1)), 0.05, atol=1e-5)
+    assert not np.any(field(0.05).vertex(jnp.zeros(image)))  # and no NaN
 
 
 def test_windows_larger_than_the_image_are_the_image():
