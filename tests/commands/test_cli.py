@@ -171,6 +171,7 @@ def test_inspect(capsys, digits_model, tmp_path, monkeypatch):
     numbers = [*evidence.LEVELS.values(), evidence.MISLED, evidence.ALIKE, evidence.AGREED]
     assert told == [f"{100 * number:.0f}" for number in numbers]
     assert "amplitude 0.07" in cli.inspect.__doc__ and "cosine 0.07" in names
+    assert "rms 0.05" in cli.inspect.__doc__ and "field 0.05" in names
     status, printed, _ = run(capsys, *command)
     assert status == 0 and found["verdict"] in printed and "3x3 window" in printed
     assert "1 image(s): expected at least 2" in refused(

@@ -226,7 +226,7 @@ def test_what_is_left_of_the_suspects_is_the_matter_of_the_next_stage(
 
 @pytest.mark.parametrize(
     ("late", "lost", "goes_on"),
-    [(hunt.SUSPECTED, 3, True), (hunt.SUSPECTED, 16, True), (hunt.SUSPECTED, 17, False)]
+    [(hunt.SUSPECTED, 2, True), (hunt.SUSPECTED, 14, True), (hunt.SUSPECTED, 15, False)]
     + [(0.5, 1, True), (0.5, 2, False)],
 )
 def test_a_stage_that_costs_too_much_is_the_last(monkeypatch, late, lost, goes_on):
@@ -247,7 +247,7 @@ def test_a_stage_that_costs_too_much_is_the_last(monkeypatch, late, lost, goes_o
     at._unlearn((1,))
     assert at.goes_on(first) and at.targets == (1, 0, 2)
     assert at.goes_on(second) == goes_on
-    assert at.settled(second) is (second if lost in (1, 3) else first)
+    assert at.settled(second) is (second if lost == (1 if late == 0.5 else 2) else first)
 
 
 def test_few_images():
