@@ -29,7 +29,7 @@ from ibau_jax.unlearning.objective import Aim
 from ibau_jax.unlearning.search import Search, kept_of, rule_of, share
 
 # What leads to a label at `MOST_OF_THE_WAY` may be of another target from so much of a level on.
-# The largest on one-target VGGs is .57; on two seven-target ones .65 to 1.40, but on three small
+# The largest on one-target VGGs is .60; on two seven-target ones .64 to 1.40, but on three small
 # networks of one target 1.00, 1.11 and 1.24. What tells them apart is what it costs to unlearn a
 # label more: of seven targets .004 of the accuracy at most, of weaknesses .008 to .09. Before the
 # last stage, which gives accuracy back, only a cost beyond three standard errors ends it
@@ -162,7 +162,7 @@ class Hunt:
         still = [label for label, score in self.left.items() if score >= NEAR or self.anew]
         if not (still or self.others) or self.stage == self.config.stages:
             return False
-        if self.stage > 1 and self._costs_too_much(params, DOUBT if self.others else 1.0):
+        if self.stage > 1 and self._costs_too_much(params, DOUBT):
             return False
         if self.stage == 1 and self.left[self.unlearned[0]] < NEAR:
             self.first = params
@@ -200,14 +200,19 @@ class Hunt:
         Of what may be no target it has to be seen that it cost little; on the way, when the next
         stage may give some back, it is enough that it is not seen that it cost much.
         """
-        self.back = self._costs_too_much(params, 0.0 if self.others else 1.0)
+        self.back = self._costs_too_much(params, 0.0)
         return self.first if self.first is not None and self.back else params
 
     def _costs_too_much(self, params: Params, doubt: float) -> bool:
-        """Have the later stages cost more accuracy than targets do, and `doubt` errors?"""
+        """Have the later stages cost more accuracy than targets do, and `doubt` errors?
+
+        Where there are no others: any at all, and one error?
+        """
         if self.first is None or self.right is None:
             return False
-        budget = COST * (len(self.unlearned) - 1) if self.others else 0.0
+        budget = COST * (len(self.unlearned) - 1)
+        if not self.others:
+            budget, doubt = 0.0, 1.0
         return not bearable(self.right, self.right(self.first), params, budget, doubt)
 
     def _score(self, params: Params) -> list[Perturbation]:

@@ -118,7 +118,8 @@ def field(size: float, waves: int = 4) -> Geometry:
     def vertex(direction):
         rows, columns = _lowest(direction.shape[0], waves), _lowest(direction.shape[1], waves)
         parts = jnp.einsum("kh,lw,hwc->klc", rows, columns, direction)
-        return sized(jnp.einsum("kh,lw,klc->hwc", rows, columns, parts)).astype(direction.dtype)
+        picture = jnp.einsum("kh,lw,klc->hwc", rows, columns, parts)
+        return sized(picture).astype(direction.dtype)
 
     def draw(key, count, shape):
         rows, columns = _lowest(shape[0], waves), _lowest(shape[1], waves)
@@ -129,8 +130,7 @@ def field(size: float, waves: int = 4) -> Geometry:
         return jax.vmap(sized)(jnp.einsum("kh,lw,nklc->nhwc", rows, columns, parts))
 
     def sized(picture):
-        now = jnp.sqrt(jnp.mean(picture**2))
-        return size * picture / jnp.where(now > 0, now, 1)
+        return _of_norm(size * math.sqrt(picture.size), picture)
 
     return Geometry(f"field {size:g}", vertex, draw)
 
@@ -138,14 +138,16 @@ def field(size: float, waves: int = 4) -> Geometry:
 def sphere(radius: float) -> Geometry:
     """An l2 norm of `radius`, in the units of images in [0, 1]."""
 
-    def vertex(direction):
-        norm = jnp.linalg.norm(direction.ravel())
-        return radius * direction / jnp.where(norm > 0, norm, 1)
-
-    return Geometry(f"l2 {radius:g}", vertex, None)
+    return Geometry(f"l2 {radius:g}", lambda direction: _of_norm(radius, direction), None)
 
 
 GEOMETRIES = (window(3), pixels(9), window(5), pixels(25), cosine(0.1), sphere(1.0))
+
+
+def _of_norm(radius: float, picture: jax.Array) -> jax.Array:
+    """`picture` with an l2 norm of `radius`; zero stays zero."""
+    norm = jnp.linalg.norm(picture.ravel())
+    return radius * picture / jnp.where(norm > 0, norm, 1)
 
 
 def _lowest(length: int, waves: int) -> jax.Array:
