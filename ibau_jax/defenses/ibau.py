@@ -130,8 +130,7 @@ def unlearn(job: Job) -> Rounds:
                 goes_on = ends and hunt is not None and hunt.goes_on(params)
                 if ends and not goes_on and hunt and held is not None:
                     params = hunt.settled(params)
-                    budget = config.budget if hunt.evidence.suspects else None
-                    bears = partial(bearable, right, right(given), budget=budget)
+                    bears = partial(bearable, right, right(given), budget=hunt.budget)
                     params, kept = roll_back(bears, given, params)
                 if held is not None:
                     row["held_acc"] = float(right(params).mean())

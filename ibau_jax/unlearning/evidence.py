@@ -76,6 +76,11 @@ class Evidence(NamedTuple):
     where: int = UNTARGETED
 
     @property
+    def along(self) -> np.ndarray:
+        """The rule for a search: where it says nothing of a class, its images do not count."""
+        return np.where(self.rule == UNTARGETED, np.arange(len(self.rule)), self.rule)
+
+    @property
     def score(self) -> np.ndarray:
         """How near each label comes to a level, 1 where it reaches one: [L]."""
         return scores_of(self.strength).max(0)

@@ -84,19 +84,17 @@ def rest(
     clean: Dataset,
     suspects: Sequence[int],
     *,
-    rule: np.ndarray,
+    along: np.ndarray,
     key: jax.Array,
     starts: int | None = None,
 ) -> tuple[dict[int, float], list[Perturbation]]:
     """A fresh search: how near it comes to a level with each suspect (1 reaches it), its finds.
 
     Args:
-      rule: of `Evidence`. What is left of all-to-all leads along it and, when most is unlearned, to
+      along: of `Evidence`. What is left of all-to-all leads there and, when most is unlearned, to
         other labels no more often than anything else does.
     """
     if UNTARGETED in suspects:
-        # Images of a class that the rule says nothing of do not count.
-        along = np.where(rule == UNTARGETED, np.arange(len(rule)), rule)
         found = search(params, clean, [along], key=key, starts=starts)
         strongest = float(found.strength.max())
         return {UNTARGETED: strongest / ALONG}, collect(search.geometries, [UNTARGETED], found)

@@ -224,13 +224,67 @@ def test_what_is_left_of_the_suspects_is_the_matter_of_the_next_stage(
     assert told["flagged"] == ([1] if back else flagged)
 
 
+def test_of_all_to_all_what_leads_along_its_rule_is_in_the_pool(monkeypatch):
+    """Squares too, and what leads there no more is not; classes without a rule do not count."""
+    data = clean()
+    rule = np.array([*range(1, 10), UNTARGETED])
+    away = Perturbation(np.full((16, 16, 1), 0.5, np.float32), UNTARGETED, 0.9, "9 pixels")
+    evidence = Evidence(np.zeros((len(LEVELS), 10)), 0.9, 0.1, rule, [away])
+    along = [*range(1, 10), 9]
+
+    class Fake:
+        """A search of a model that leads the images of the first 7 classes along the rule."""
+
+        left = 7
+
+        def warm(self, *args):
+            pass
+
+        def label(self, params, images):
+            true = data.labels[: len(images)]
+            return np.where(true < self.left, (true + 1) % 10, 0)
+
+        def drawn(self, params, clean, labels, geometry, *, starts, best, **kwargs):
+            assert geometry == hunt.SQUARE and starts == hunt.STARTS
+            np.testing.assert_array_equal(labels, [along])
+            return np.zeros((1, best, 16, 16, 1))
+
+    def rest(*args, along, starts, **kwargs):
+        np.testing.assert_array_equal(along, evidence.along)
+        assert starts == hunt.STARTS
+        return {UNTARGETED: 0.9}, [away._replace(geometry="along")]
+
+    search = Fake()
+    monkeypatch.setattr(hunt, "Search", lambda *args, **kwargs: search)
+    monkeypatch.setattr(hunt, "look", lambda *args, **kwargs: evidence)
+    monkeypatch.setattr(hunt, "rest", rest)
+    model, variables = opened(MODEL, small_model(0, True))
+    job = Job(model, variables, data, QUICK, KEY, devices(1), 10)
+    at = Hunt(job, data, QUICK, 5)
+    at.look(variables["params"])
+    squares = [hunt.SQUARE.name] * hunt.SQUARES
+    assert [one.geometry for one in at.pool] == ["9 pixels", "along", *squares]
+    true = data.labels[:100]
+    expected = np.mean(true[true < 9] < 7)
+    assert 0.5 < expected < 1
+    assert [one.strength for one in at.pool] == [pytest.approx(expected)] * len(at.pool)
+    aim = at.aims(0)[0]
+    np.testing.assert_array_equal(aim.rule, rule)  # the rounds lead away where no rule is known
+    assert aim.times == hunt.SHARES
+    at.met([away.delta] * len(at.led))
+    assert [one.geometry for one in at.pool][-len(at.led) :] == ["delta"] * len(at.led)
+    search.left = 0  # all is unlearned
+    at.between(variables["params"])
+    assert at.pool == []
+
+
 @pytest.mark.parametrize(
     ("late", "lost", "goes_on"),
     [(hunt.SUSPECTED, 2, True), (hunt.SUSPECTED, 14, True), (hunt.SUSPECTED, 15, False)]
     + [(0.5, 1, True), (0.5, 2, False)],
 )
 def test_a_stage_that_costs_too_much_is_the_last(monkeypatch, late, lost, goes_on):
-    """Of three. Two labels more may cost a point where something of others was left late.
+    """Of three. Two labels more may cost a point for each level that they came to late, together.
 
     Beside it three standard errors, of 300 images, but none in the end. Where nothing was left,
     they may cost one error and no more, then and in the end.
@@ -243,11 +297,17 @@ def test_a_stage_that_costs_too_much_is_the_last(monkeypatch, late, lost, goes_o
     job = Job(model, variables, clean(), QUICK, KEY, devices(1), 10)
     first, second = {"lost": 0}, {"lost": lost}
     at = Hunt(job, job.clean, QUICK, 5, lambda params: np.arange(300) >= params["lost"])
-    at.evidence, at.late, at.left = none, {0: late}, {1: 0.0, 0: 1.0, 2: 1.0}
+    at.evidence, at.late, at.left = none, {0: late, 2: 0.4}, {1: 0.0, 0: 1.0, 2: 1.0}
     at._unlearn((1,))
     assert at.goes_on(first) and at.targets == (1, 0, 2)
     assert at.goes_on(second) == goes_on
     assert at.settled(second) is (second if lost == (1 if late == 0.5 else 2) else first)
+    # Nothing stood out, so nothing may be lost; where something did, more by several targets.
+    assert at.budget is None
+    found = np.zeros((len(LEVELS), 10))
+    found[0, :3] = 1
+    at.evidence = none._replace(strength=found)
+    assert at.budget == QUICK.budget * (hunt.TIMES if (late, lost) == (hunt.SUSPECTED, 2) else 1)
 
 
 def test_few_images():

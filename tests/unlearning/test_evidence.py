@@ -110,11 +110,12 @@ def test_an_untargeted_perturbation_that_leads_to_one_label_is_left_out():
 def test_what_is_left_of_all_to_all_is_sought_along_its_rule():
     """Classes that the rule says nothing of do not count."""
     rule = np.array([1, 2, 3, 4, UNTARGETED])
+    along = Evidence(np.zeros((len(LEVELS), 5)), 1.0, 0.0, rule, []).along
     for leads, most in (([1, 2, 3, 4, 0], 0.5), ([1, 2, 3, 4, 4], 0.5), ([1, 2, 0, 0, 0], 0.25)):
-        left, found = rest(Fake(np.array(leads)), {}, clean(), [UNTARGETED], rule=rule, key=KEY)
+        left, found = rest(Fake(np.array(leads)), {}, clean(), [UNTARGETED], along=along, key=KEY)
         assert left == {UNTARGETED: pytest.approx(most / ALONG)}
         assert {one.label for one in found} == {UNTARGETED} and len(found) == len(GEOMETRIES)
-    left, found = rest(Fake(np.full(5, 2)), {}, clean(), [2, 3], rule=rule, key=KEY)
+    left, found = rest(Fake(np.full(5, 2)), {}, clean(), [2, 3], along=along, key=KEY)
     assert left == {2: pytest.approx(0.5 / min(LEVELS.values())), 3: 0}
     assert {one.label for one in found} == {2} and len(found) == len(LEVELS)
 
