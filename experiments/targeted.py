@@ -27,7 +27,7 @@ from measure import Models
 from zoo import CIFAR10, prepare_file
 
 from ibau_jax import IBAUConfig, load, unlearn
-from ibau_jax.defenses import hunt
+from ibau_jax.defenses import hunt, pool
 from ibau_jax.hypergradient import Direct
 from ibau_jax.training.optimizers import Adam
 from ibau_jax.unlearning import evidence, look
@@ -134,21 +134,21 @@ def without(stack: ExitStack, name: str) -> None:
     geometries = tuple(g for g in evidence.GEOMETRIES if g.name != name)
     if len(geometries) == len(evidence.GEOMETRIES):
         raise ValueError(f"no geometry {name}")
-    for module in (evidence, look, hunt):
+    for module in (evidence, look, hunt, pool):
         stack.enter_context(mock.patch.multiple(module, LEVELS=levels, GEOMETRIES=geometries))
 
 
-def pool(stack: ExitStack, value: str) -> None:
+def pool_of(stack: ExitStack, value: str) -> None:
     look = hunt.Hunt.look
 
     def look_for_few(self: hunt.Hunt, params: Any) -> None:
         look(self, params)
-        self.room = int(value)
+        self.pool.room = int(value)
 
     stack.enter_context(mock.patch.object(hunt.Hunt, "look", look_for_few))
 
 
-MOCKED = {"without": without, "pool": pool}
+MOCKED = {"without": without, "pool": pool_of}
 
 
 def measure(cell: Cell, models: Models) -> Row | None:

@@ -1,4 +1,4 @@
-"""What `unlearn` searches for, what it makes of it, and how it says how it ended.
+"""What `unlearn` searches for, which labels it unlearns, and how it says how it ended.
 
 The guard knows no trigger: it has the search, and clean images that were held back.
 """
@@ -11,22 +11,16 @@ import numpy as np
 
 from ibau_jax.data import Dataset
 from ibau_jax.defenses.guard import bearable, on_the_way
+from ibau_jax.defenses.pool import Pool, several, starts_for
 from ibau_jax.defenses.run import Job
 from ibau_jax.defenses.verdict import verdict_of
 from ibau_jax.models.model import Params, Variables
 from ibau_jax.unlearning.batches import UNTARGETED
 from ibau_jax.unlearning.config import IBAUConfig
-from ibau_jax.unlearning.evidence import (
-    GEOMETRIES,
-    LEVELS,
-    NEAR,
-    SQUARE,
-    WORTH,
-    Perturbation,
-)
+from ibau_jax.unlearning.evidence import GEOMETRIES, LEVELS, NEAR, Perturbation
 from ibau_jax.unlearning.look import look, looks, rest
 from ibau_jax.unlearning.objective import Aim
-from ibau_jax.unlearning.search import Label, Search, kept_of, rule_of, share
+from ibau_jax.unlearning.search import Search, kept_of
 
 # What leads to a label at `MOST_OF_THE_WAY` may be of another target from so much of a level on.
 # The largest on one-target VGGs is .60; on two seven-target ones .64 to 1.40, but on three small
@@ -37,13 +31,6 @@ from ibau_jax.unlearning.search import Label, Search, kept_of, rule_of, share
 MOST_OF_THE_WAY, SUSPECTED, COST, DOUBT = 0.7, 0.6, 0.01, 3.0
 # How many times the budget of one target several may cost in all.
 TIMES = 1.5
-# Where images are led to several labels, each has few ascents and a small part of the pool. So more
-# images carry something, what leads to its label no more is left out of the pool, and searches are
-# wider.
-# The strongest window is of many colours, and to unlearn it leaves a trigger of one colour (the
-# white square of BadNets beside six others): so several squares go into the pool, as they are drawn
-# (experiments/default.md).
-SHARES, STARTS, SQUARES = 2.0, 1000, 8
 
 
 class Hunt:
@@ -69,16 +56,12 @@ class Hunt:
     ):
         self.right = right
         self.job, self.clean, self.config, self.num_batches = job, clean, config, num_batches
-        self.rounds = config.rounds or 1
         self.search = Search(job.model, GEOMETRIES, compiling=job.compiling)
         self._key = jax.random.fold_in(job.key, 1)  # not one of those that the rounds draw
-        self.found: list[Perturbation] = []
-        self.pool: list[Perturbation] = []
         self.suspects: tuple[int, ...] = ()
         self.stage, self.targets, self.unlearned = 0, (), []
         self.anew = self.back = False
         self.first: Params | None = None
-        self.led: list[int] = []
         self.left: dict[int, float] = {}
         self.late: dict[int, float] = {}
 
@@ -95,61 +78,28 @@ class Hunt:
             )
         # In doubt it is unlearned: a label that is no target costs little.
         self.suspects = self.evidence.suspects or self.evidence.nearly
+        self.pool = Pool(
+            *(self.search, self.job, self.clean, self.config, self.num_batches),
+            suspects=len(self.suspects),
+            evidence=self.evidence,
+        )
         self._unlearn(self.suspects[:1])
         if UNTARGETED in self.targets:  # what leads along the rule that was read
-            self._add(self._score(params))
+            self.pool.add(self._score(params))
             self._refresh(params)
-        # What the searches of all stages can find.
-        each = max(len(GEOMETRIES), len(self.suspects) * len(LEVELS))
-        self.room = each * self.config.stages
 
     def aims(self, number: int) -> list[Aim]:
         """For the ascents of round `number` of a stage."""
-        targets = self.targets or (UNTARGETED,)
-        newest = self.pool[-self.room :]
-        # The shape that the rounds are compiled for: the same for most models, so that a program
-        # that was kept serves the next one too, whatever the number of its suspects.
-        rows = max(64, 1 << (self.room - 1).bit_length())
-        pool = np.zeros((rows, *self.clean.images.shape[1:]), self.clean.images.dtype)
-        rules = np.full((rows, self.job.num_classes), UNTARGETED, np.int32)
-        for i, one in enumerate(newest):
-            pool[i], rules[i] = one.delta, self._rule(one.label)
-        times = np.float32(SHARES if self.several else 1)
-        shared = self.job.devices.replicate((pool, rules, np.int32(len(newest)), times))
-        # Each label is led to twice or more in all: what no delta led to stays (seven targets).
-        usual = len(self.config.schedule(self.num_batches))
-        count = min(self.num_batches, max(usual, -(-2 * len(targets) // self.rounds)))
-        aims = []
-        self.led = [targets[i % len(targets)] for i in range(number * count, (number + 1) * count)]
-        for ascent, label in enumerate(self.led, number * count):
-            starts = sorted(
-                (one for one in newest if one.label == label), key=lambda one: -one.strength
-            )
-            # In turn from zero and from what was found: each finds what the other misses (the
-            # corner patch of BadNets the former, the trigger of `smooth` the latter).
-            turn, from_found = divmod(ascent // len(targets), 2)
-            start = starts[turn % len(starts)].delta if from_found and starts else 0 * pool[0]
-            aims.append(Aim(*self.job.devices.replicate((self._rule(label), start)), *shared))
-        return aims
-
-    @property
-    def several(self) -> bool:
-        """Is there more than one label to lead to in this stage? Of all-to-all there is."""
-        return len(self.targets) > 1 or UNTARGETED in self.targets
+        return self.pool.aims(number, self.targets)
 
     def met(self, deltas: Sequence[np.ndarray]) -> None:
-        """Take the deltas of a round, one for each of its aims: of several labels, into the pool.
-
-        There each label has few ascents, and an ascent with another label unlearns none of it.
-        """
-        if self.several:
-            pairs = zip(deltas, self.led, strict=True)
-            self.pool += [Perturbation(delta, label, 0.0, "delta") for delta, label in pairs]
+        """Take the deltas of a round, one for each of its aims."""
+        self.pool.met(deltas, self.targets)
 
     def between(self, params: Params) -> None:
         """After a round that is not the last of its stage: of several labels, search once more."""
-        if self.several:
-            self._add(self._score(params))
+        if several(self.targets):
+            self.pool.add(self._score(params))
             self._refresh(params)
 
     def goes_on(self, params: Params) -> bool:
@@ -172,8 +122,8 @@ class Hunt:
             self.first = params
         # What was unlearned stays among the targets: left out, it comes back.
         self._unlearn(tuple(one for one in self.left if one in still or one in self.unlearned))
-        self._add([one for one in fresh if one.label in self.targets])
-        if self.several:
+        self.pool.add([one for one in fresh if one.label in self.targets])
+        if several(self.targets):
             self._refresh(self.job.variables["params"] if self.anew else params)
         return True
 
@@ -195,7 +145,7 @@ class Hunt:
         others = set(self.evidence.flagged) - set(self.targets)
         for one in self.evidence.found:
             if one.label in others and one.geometry in levels:
-                score = self._strength(params, one, few) / levels[one.geometry]
+                score = self.pool.strength(self._all(params), one, few) / levels[one.geometry]
                 self.late[one.label] = max(score, self.late.get(one.label, 0.0))
 
     def settled(self, params: Params) -> Params:
@@ -229,14 +179,14 @@ class Hunt:
 
     def _score(self, params: Params) -> list[Perturbation]:
         """Search afresh: take down how near it comes to a level with each suspect; its finds."""
-        key, starts = self._new_key(), STARTS if self.several else None
+        key = self._new_key()
         if not self.suspects:
             return []
         self.left, fresh = rest(
             *(self.search, self._all(params), self.clean, self.suspects),
             along=self.evidence.along,
             key=key,
-            starts=starts,
+            starts=starts_for(self.targets),
         )
         return fresh
 
@@ -244,38 +194,10 @@ class Hunt:
         new = [label for label in targets if label not in self.unlearned]
         self.targets = targets
         self.unlearned += new
-        self._add([one for one in self.evidence.found if one.label in new])
-
-    def _add(self, found: list[Perturbation]) -> None:
-        self.found += found
-        self.pool += found
+        self.pool.add([one for one in self.evidence.found if one.label in new])
 
     def _refresh(self, params: Params) -> None:
-        """Draw squares, and leave in the pool what still leads to its label."""
-        squares = self.search.drawn(
-            self._all(params),
-            self.clean,
-            [self._towards(label) for label in self.targets],
-            SQUARE,
-            key=self._new_key(),
-            starts=STARTS,
-            best=SQUARES,
-        )
-        for label, found in zip(self.targets, squares, strict=True):
-            self.pool += [Perturbation(delta, label, 0.0, SQUARE.name) for delta in found]
-        measured = [one._replace(strength=self._strength(params, one, 100)) for one in self.pool]
-        self.pool = [one for one in measured if one.strength > WORTH]
-
-    def _strength(self, params: Params, one: Perturbation, count: int) -> float:
-        """The share of the first `count` clean images that a perturbation leads to its label."""
-        images, labels = (a[:count] for a in self.clean)
-        given = self.search.label(self._all(params), np.clip(images + one.delta, 0, 1))
-        classes = self.job.num_classes
-        return share(given, labels, rule_of(self._towards(one.label), classes)[labels])
-
-    def _towards(self, label: int) -> Label:
-        """What a search leads to for a target: of all-to-all, along the rule that was read."""
-        return self.evidence.along if label == UNTARGETED else label
+        self.pool.refresh(self._all(params), self.targets, self._new_key())
 
     def _all(self, params: Params) -> Variables:
         """What the model is called with."""
@@ -284,20 +206,6 @@ class Hunt:
     def _new_key(self) -> jax.Array:
         self._key, key = jax.random.split(self._key)
         return key
-
-    def _rule(self, suspect: int) -> np.ndarray:
-        """Where the images of each class are led: all to one label, or as all-to-all was read."""
-        if suspect == UNTARGETED and self.targets:
-            return self.evidence.rule
-        return np.array(rule_of(suspect, self.job.num_classes))
-
-    def pictures(self) -> dict[str, np.ndarray]:
-        """The strongest perturbation towards each target, grey where it changes nothing."""
-        best: dict[int, Perturbation] = {}
-        for one in self.found:
-            if one.label not in best or one.strength > best[one.label].strength:
-                best[one.label] = one
-        return {one.caption: one.picture for one in best.values()}
 
     def told(self, params: Params, kept: float) -> dict[str, Any]:
         """For the diagnostics: what was found, and how it ended.
@@ -320,7 +228,7 @@ class Hunt:
             "stages": self.stage,
             "misled": evidence.misled,
             "alike": evidence.alike,
-            "searched": len(self.found),
+            "searched": len(self.pool.found),
             "left": max(self.left.values(), default=evidence.nearest),
             "kept": kept,
         }

@@ -144,7 +144,7 @@ def unlearn(job: Job) -> Rounds:
     if hunt is None:
         return Told(deltas=np.stack(deltas), diagnostics=diagnostics)
     diagnostics |= hunt.told(params, kept)
-    return Told(np.stack(deltas), hunt.pictures(), diagnostics)
+    return Told(np.stack(deltas), hunt.pool.pictures(), diagnostics)
 
 
 def choose_route(

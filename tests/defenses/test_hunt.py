@@ -14,7 +14,7 @@ import pytest
 from conftest import MODEL, SQUARE, clean, measure, on_devices, small_model
 
 from ibau_jax import Dataset, IBAUConfig, InputError, load, unlearn
-from ibau_jax.defenses import hunt
+from ibau_jax.defenses import hunt, pool
 from ibau_jax.defenses.guard import bearable, roll_back
 from ibau_jax.defenses.hunt import Hunt
 from ibau_jax.defenses.run import Job
@@ -168,7 +168,7 @@ def test_what_is_left_of_the_suspects_is_the_matter_of_the_next_stage(
 
         def drawn(self, params, clean, labels, geometry, *, key, starts, best):
             at_given = jax.tree.leaves(params["params"])[0] is given[0]
-            assert geometry == hunt.SQUARE and len(labels) > 1 and at_given == (late > 0.4)
+            assert geometry == pool.SQUARE and len(labels) > 1 and at_given == (late > 0.4)
             return np.zeros((len(labels), best, 16, 16, 1))
 
     scores = iter([*left, left[-1]])
@@ -203,15 +203,15 @@ def test_what_is_left_of_the_suspects_is_the_matter_of_the_next_stage(
     # Once, however many stages, and what a fresh search found for a target that still stands. Of
     # several targets squares too, and of all what leads to its label.
     again, several = len(left) == 2 and 1 in at.targets, len(at.targets) > 1
-    found = [one.label for one in at.found]
+    found = [one.label for one in at.pool.found]
     assert found.count(0) == (0 in flagged) and found.count(1) == again
-    kept = [one.label for one in at.pool]
-    assert sorted(kept) == ([0] * (1 + hunt.SQUARES) if several else sorted(found))
-    before = len(at.pool)
+    kept = [one.label for one in at.pool.members]
+    assert sorted(kept) == ([0] * (1 + pool.SQUARES) if several else sorted(found))
+    before = len(at.pool.members)
     deltas = [np.full((16, 16, 1), i, np.float32) for i in range(len(at.aims(0)))]
     at.met(deltas)
-    new = at.pool[before:]
-    assert [one.label for one in new] == (at.led if several else [])
+    new = at.pool.members[before:]
+    assert [one.label for one in new] == (at.pool.led if several else [])
     assert all(one.delta is delta for one, delta in zip(new, deltas, strict=False))
     # Where it cost accuracy, the second stage is taken back, unless something was left of the
     # first target.
@@ -245,13 +245,13 @@ def test_of_all_to_all_what_leads_along_its_rule_is_in_the_pool(monkeypatch):
             return np.where(true < self.left, (true + 1) % 10, 0)
 
         def drawn(self, params, clean, labels, geometry, *, starts, best, **kwargs):
-            assert geometry == hunt.SQUARE and starts == hunt.STARTS
+            assert geometry == pool.SQUARE and starts == pool.STARTS
             np.testing.assert_array_equal(labels, [along])
             return np.zeros((1, best, 16, 16, 1))
 
     def rest(*args, along, starts, **kwargs):
         np.testing.assert_array_equal(along, evidence.along)
-        assert starts == hunt.STARTS
+        assert starts == pool.STARTS
         return {UNTARGETED: 0.9}, [away._replace(geometry="along")]
 
     search = Fake()
@@ -262,20 +262,24 @@ def test_of_all_to_all_what_leads_along_its_rule_is_in_the_pool(monkeypatch):
     job = Job(model, variables, data, QUICK, KEY, devices(1), 10)
     at = Hunt(job, data, QUICK, 5)
     at.look(variables["params"])
-    squares = [hunt.SQUARE.name] * hunt.SQUARES
-    assert [one.geometry for one in at.pool] == ["9 pixels", "along", *squares]
+    squares = [pool.SQUARE.name] * pool.SQUARES
+    assert [one.geometry for one in at.pool.members] == ["9 pixels", "along", *squares]
     true = data.labels[:100]
     expected = np.mean(true[true < 9] < 7)
     assert 0.5 < expected < 1
-    assert [one.strength for one in at.pool] == [pytest.approx(expected)] * len(at.pool)
+    assert [one.strength for one in at.pool.members] == [pytest.approx(expected)] * len(
+        at.pool.members
+    )
     aim = at.aims(0)[0]
     np.testing.assert_array_equal(aim.rule, rule)  # the rounds lead away where no rule is known
-    assert aim.times == hunt.SHARES
-    at.met([away.delta] * len(at.led))
-    assert [one.geometry for one in at.pool][-len(at.led) :] == ["delta"] * len(at.led)
+    assert aim.times == pool.SHARES
+    at.met([away.delta] * len(at.pool.led))
+    assert [one.geometry for one in at.pool.members][-len(at.pool.led) :] == ["delta"] * len(
+        at.pool.led
+    )
     search.left = 0  # all is unlearned
     at.between(variables["params"])
-    assert at.pool == []
+    assert at.pool.members == []
 
 
 @pytest.mark.parametrize(
@@ -298,6 +302,7 @@ def test_a_stage_that_costs_too_much_is_the_last(monkeypatch, late, lost, goes_o
     first, second = {"lost": 0}, {"lost": lost}
     at = Hunt(job, job.clean, QUICK, 5, lambda params: np.arange(300) >= params["lost"])
     at.evidence, at.late, at.left = none, {0: late, 2: 0.4}, {1: 0.0, 0: 1.0, 2: 1.0}
+    at.pool = pool.Pool(at.search, job, job.clean, QUICK, 5, suspects=3, evidence=none)
     at._unlearn((1,))
     assert at.goes_on(first) and at.targets == (1, 0, 2)
     assert at.goes_on(second) == goes_on
