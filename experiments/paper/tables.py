@@ -243,6 +243,16 @@ def means(found: dict[str, list[Entry]]) -> str:
     return "\n".join(lines)
 
 
+def excluding(name: str, rows: Iterable[Row]) -> str:
+    """The other convention: the ASR without the images of the target's own class."""
+    found = by_case(entries(name, rows))
+    lines = heads("case", *(SHORT[method] for method in columns(name)))
+    for case, row in found.items():
+        shown = (NOT_RUN if e.asr_excl is None else f"{e.asr_excl:.1f}" for e in row)
+        lines.append(line([case, *shown]))
+    return "\n".join(lines)
+
+
 def triggers(found: dict[str, list[Entry]]) -> str:
     """Table 3's ASR of each trigger."""
     lines = []

@@ -55,6 +55,27 @@ def test_the_page_has_every_table_and_figure(written):
     assert len(html) < 5e6
 
 
+def test_what_is_far_from_the_paper_has_a_sentence(script):
+    """One for the case before one for its data set, and that before one for the defense."""
+    differences = script("paper.differences")
+    case, data = ("cifar10-l0", "nad"), ("gtsrb", "nad")
+    why = {"nad": "the rate", data: "signs", case: "this one"}
+    cases = ("cifar10-l0", "cifar10-l2", "gtsrb-l2", "cifar10-badnets")
+    rows = [row(name, "nad", acc=0.9, asr=0.5) for name in cases]
+    rows.append(row("cifar10-l0", "tabor", acc=0.8, asr=0.1))  # near to the paper's
+    lines = differences.markdown(rows, why).splitlines()[2:]
+    assert len(lines) == len(cases)
+    for name, sentence in zip(cases, ("this one", "the rate", "signs", "the rate"), strict=True):
+        (line,) = [one for one in lines if f"| {name} | NAD |" in one]
+        assert line.endswith(f"| {sentence} |")
+    assert "ACC 90.0 (78.7), ASR 50.0 (11.7)" in lines[0]  # the paper's order: badnets is first
+    (line, *_) = differences.markdown(rows[:1], {}).splitlines()[2:]
+    assert line.endswith(f"| {differences.UNKNOWN} |")
+    for key in differences.WHY:
+        method = key if isinstance(key, str) else key[1]
+        assert method in script("paper.tables").SHORT
+
+
 def test_the_round_of_the_papers_rule(script):
     nearest = script("paper.matched").nearest_round
     rounds = [{"round": i, "acc": acc} for i, acc in enumerate((0.9, 0.8, 0.85, 0.7))]
