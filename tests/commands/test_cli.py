@@ -15,7 +15,7 @@ from conftest import random_variables, small_stored
 from PIL import Image
 
 from ibau_jax.attacks import ATTACKS, Attack, Trigger, badnets_square, blend
-from ibau_jax.commands import attack_options, cli, defend, demo, evaluate, names
+from ibau_jax.commands import attack_options, cleaning, defend, demo, evaluate, making, names
 from ibau_jax.commands.cli import main
 from ibau_jax.data import DATASETS, load
 from ibau_jax.defenses import DEFENSES, Defense
@@ -167,11 +167,11 @@ def test_inspect(capsys, digits_model, tmp_path, monkeypatch):
         found["verdict"] in page and page.count("<tr") == 12 and found["report"] == str(out / HTML)
     )
     # The help has the numbers in words, so that it starts quickly.
-    told = re.findall(r"([\d.]+) %", cli.inspect.__doc__)
+    told = re.findall(r"([\d.]+) %", cleaning.inspect.__doc__)
     numbers = [*evidence.LEVELS.values(), evidence.MISLED, evidence.ALIKE, evidence.AGREED]
     assert told == [f"{100 * number:.0f}" for number in numbers]
-    assert "amplitude 0.07" in cli.inspect.__doc__ and "cosine 0.07" in names
-    assert "rms 0.05" in cli.inspect.__doc__ and "field 0.05" in names
+    assert "amplitude 0.07" in cleaning.inspect.__doc__ and "cosine 0.07" in names
+    assert "rms 0.05" in cleaning.inspect.__doc__ and "field 0.05" in names
     status, printed, _ = run(capsys, *command)
     assert status == 0 and found["verdict"] in printed and "3x3 window" in printed
     assert "1 image(s): expected at least 2" in refused(
@@ -438,7 +438,8 @@ def test_paths_in_the_home_folder(capsys, digits_model, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(evaluate, "evaluate_model", lambda *a, **b: calls.append((a, b)) or {})
     monkeypatch.setattr(demo, "demo", lambda out, *_, **__: calls.append(out) or {})
-    monkeypatch.setattr("ibau_jax.commands.cli.finish", lambda *_, **__: None)
+    for module in (cleaning, making):
+        monkeypatch.setattr(module, "finish", lambda *_, **__: None)
     options = ["--trigger", "~/t.png", "--trigger-mask", "~/mask.npy", "--trigger-rule", "replace"]
     assert main(["evaluate", "--model", "~/m.safetensors", *options, "--data-dir", "~/data"]) == 0
     (((model,), given),) = calls
