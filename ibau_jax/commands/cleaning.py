@@ -51,11 +51,10 @@ def inspect(
 
     Backdoored: one perturbation leads 60 % of the images of other labels to a label by a window
     of 3x3 pixels, 70 % by 5x5, 85 % by a cosine of amplitude 0.07, 60 % by a field that changes
-    slowly over the image (rms 0.05); or 9 pixels lead 70 % of all to other labels, none of which
-    gets 40 % of them (all-to-all). Uncertain from 0.85 of a level on, but backdoored where 9 pixels
-    lead 50 % of all images to that label too. The likeliest target is the label that comes nearest
-    to all levels together; the others that reach one are targets too, or weaknesses that a backdoor
-    brings with it: `defend` tells.
+    slowly over the image (rms 0.05); or 9 pixels lead 60 % of all images to one label, or 70 % to
+    others, none of which gets 40 % of them (all-to-all). Uncertain from 0.85 of a level on. The
+    likeliest target is the label that comes nearest to all levels together; the others that reach
+    one are targets too, or weaknesses that a backdoor brings with it: `defend` tells.
     The levels are from CIFAR-10 (experiments/default.md); on other images take them as a hint.
     """
     from ibau_jax.commands.inspect import inspect_model

@@ -185,6 +185,7 @@ class Hunt:
         self.left, fresh = rest(
             *(self.search, self._all(params), self.clean, self.suspects),
             along=self.evidence.along,
+            by_away=self.evidence.by_away,
             key=key,
             starts=starts_for(self.targets),
         )

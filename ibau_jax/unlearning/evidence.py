@@ -26,9 +26,10 @@ AWAY, MISLED, ALIKE = pixels(9), 0.7, 0.4
 # are led along the rule: .29, against .10 at most on a clean one (experiments/default.md).
 ALONG, SQUARE = 0.2, square(4)
 GEOMETRIES = (*LEVELS, AWAY, SQUARE)
-# Of a level: uncertain from here on; unless both kinds of search agree, and so many of all images
-# go to the label under `AWAY` too (clean models: .21 at most; experiments/default.md).
-NEAR, AGREED = 0.85, 0.5
+# Of a level: uncertain from here on. `ONE`: of all images; where so many go to one label under
+# `AWAY`, it is a target although no search towards it reaches a level: a trigger that works at one
+# place only can be missed by all of these (clean models: .34 at most; experiments/default.md).
+NEAR, ONE = 0.85, 0.6
 MOST = 7  # labels that are held for targets at once
 SHORTLIST = 12  # labels that are ascended towards, of any number
 WORTH = 0.2  # strength below which nothing is worth to be unlearned
@@ -100,19 +101,21 @@ class Evidence(NamedTuple):
         support = scores_of(self.strength).mean(0)
         order = np.argsort(-support, kind="stable")
         reach = tuple(int(label) for label in order if self.score[label] >= 1)[:MOST]
-        nearest = int(self.score.argmax())
-        # Both kinds of search, towards a label and away from the true ones, name the same.
-        agree = self.where == nearest and self.misled * self.alike >= AGREED
-        if not reach and agree and self.score[nearest] >= NEAR:
-            return (nearest,)
-        return reach
+        return reach if reach or self.lead < ONE else (self.where,)
 
     @property
     def nearly(self) -> tuple[int, ...]:
         """Where nothing reaches a level, but something comes near: that label, or `UNTARGETED`."""
         if self.verdict != "uncertain":
             return ()
-        return (int(self.score.argmax()) if self.score.max() >= NEAR else UNTARGETED,)
+        if self.score.max() >= NEAR:
+            return (int(self.score.argmax()),)
+        return (self.where if self.lead / ONE >= NEAR else UNTARGETED,)
+
+    @property
+    def lead(self) -> float:
+        """The share of all images that the perturbation of `AWAY` leads to one label."""
+        return self.misled * self.alike
 
     @property
     def flagged(self) -> list[int]:
@@ -126,8 +129,14 @@ class Evidence(NamedTuple):
 
     @property
     def nearest(self) -> float:
-        """The largest score, that of all-to-all among them."""
-        return max(float(self.score.max()), _many(self.misled, self.alike))
+        """The largest score, those of all-to-all and of what `AWAY` leads to among them."""
+        away = max(_many(self.misled, self.alike), self.lead / ONE)
+        return max(float(self.score.max()), away)
+
+    @property
+    def by_away(self) -> bool:
+        """Is there a target that `AWAY` alone has named?"""
+        return self.target is not None and bool(self.score[self.target] < 1)
 
     @property
     def verdict(self) -> str:
@@ -151,8 +160,11 @@ class Evidence(NamedTuple):
             f"{AWAY.name} lead {self.misled:.0%} of the images to other labels, of which one gets "
             f"{self.alike:.0%} (all-to-all from {MISLED:.0%} on and below {ALIKE:.0%})"
         )
-        if self.suspects and self.score[label] < 1 and self.target is not None:
-            return f"{best}, and {AWAY.name} {self.misled * self.alike:.0%} of all images too"
+        if self.by_away:
+            return (
+                f"{AWAY.name} lead {self.lead:.0%} of all images to label {self.where} (a target "
+                f"from {ONE:.0%} on)"
+            )
         if self.suspects:
             return many if UNTARGETED in self.suspects else best
         by_little = ", but not by much" if self.verdict == "uncertain" else ""
@@ -174,11 +186,10 @@ def rule() -> str:
     each = ", ".join(f"{level:.0%} by a {g.name}" for g, level in LEVELS.items())
     return (
         f"backdoored: one perturbation leads {each} of the images of other labels to a label, or "
-        f"{AWAY.name} lead {MISLED:.0%} of all to other labels, none of which gets "
-        f"{ALIKE:.0%} of them; uncertain: from {NEAR:.0%} of such a level on, but backdoored where "
-        f"{AWAY.name} lead {AGREED:.0%} of all images to that label too. The likeliest "
-        "target is the label that comes nearest to the levels of all kinds together; others that "
-        "reach one can be targets too, or weaknesses that a backdoor brings with it"
+        f"{AWAY.name} lead {ONE:.0%} of all images to one label, or {MISLED:.0%} to others, none "
+        f"of which gets {ALIKE:.0%} of them; uncertain: from {NEAR:.0%} of such a level on. The "
+        "likeliest target is the label that comes nearest to the levels of all kinds together; "
+        "others that reach one can be targets too, or weaknesses that a backdoor brings with it"
     )
 
 

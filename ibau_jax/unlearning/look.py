@@ -15,6 +15,7 @@ from ibau_jax.unlearning.evidence import (
     AWAY,
     GEOMETRIES,
     LEVELS,
+    ONE,
     SHORTLIST,
     WORTH,
     Evidence,
@@ -53,7 +54,10 @@ def look(
     if same < ALIKE:  # else it is a weakness towards one label
         found += collect([AWAY], [UNTARGETED], away)
     leads = read_rule(away.given[0, 0], away.true, num_classes)
-    return Evidence(towards.strength, misled, same, leads, found, where)
+    evidence = Evidence(towards.strength, misled, same, leads, found, where)
+    if evidence.by_away:
+        found.append(Perturbation(away.deltas[0, 0], where, evidence.lead, AWAY.name))
+    return evidence
 
 
 def inspect(
@@ -86,6 +90,7 @@ def rest(
     *,
     along: np.ndarray,
     key: jax.Array,
+    by_away: bool = False,
     starts: int | None = None,
 ) -> tuple[dict[int, float], list[Perturbation]]:
     """A fresh search: how near it comes to a level with each suspect (1 reaches it), its finds.
@@ -93,6 +98,7 @@ def rest(
     Args:
       along: of `Evidence`. What is left of all-to-all leads there and, when most is unlearned, to
         other labels no more often than anything else does.
+      by_away: of `Evidence`. What named the target then is searched for again too.
     """
     if UNTARGETED in suspects:
         found = search(params, clean, [along], key=key, starts=starts)
@@ -100,8 +106,16 @@ def rest(
         return {UNTARGETED: strongest / ALONG}, collect(search.geometries, [UNTARGETED], found)
     geometries = list(LEVELS)
     found = search(params, clean, suspects, key=key, among=geometries, starts=starts)
-    scores = map(float, scores_of(found.strength).max(0))
-    return dict(zip(suspects, scores, strict=True)), collect(geometries, suspects, found)
+    scores = dict(zip(suspects, map(float, scores_of(found.strength).max(0)), strict=True))
+    fresh = collect(geometries, suspects, found)
+    if by_away:
+        away = search(params, clean, [UNTARGETED], key=key, among=[AWAY], starts=starts)
+        where, same = alike(away.given[0, 0], away.true)
+        lead = float(away.strength[0, 0]) * same
+        if where in scores and lead > WORTH:
+            scores[where] = max(scores[where], lead / ONE)
+            fresh.append(Perturbation(away.deltas[0, 0], where, lead, AWAY.name))
+    return scores, fresh
 
 
 def looks(num_classes: int) -> int:

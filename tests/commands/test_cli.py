@@ -168,7 +168,7 @@ def test_inspect(capsys, digits_model, tmp_path, monkeypatch):
     )
     # The help has the numbers in words, so that it starts quickly.
     told = re.findall(r"([\d.]+) %", cleaning.inspect.__doc__)
-    numbers = [*evidence.LEVELS.values(), evidence.MISLED, evidence.ALIKE, evidence.AGREED]
+    numbers = [*evidence.LEVELS.values(), evidence.ONE, evidence.MISLED, evidence.ALIKE]
     assert told == [f"{100 * number:.0f}" for number in numbers]
     assert "amplitude 0.07" in cleaning.inspect.__doc__ and "cosine 0.07" in names
     assert "rms 0.05" in cleaning.inspect.__doc__ and "field 0.05" in names
