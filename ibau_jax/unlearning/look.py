@@ -49,14 +49,14 @@ def look(
     )
     away = search(params, clean, [UNTARGETED], key=keys[1], among=[AWAY], advance=advance)
     misled = float(away.strength[0, 0])
-    where, same = alike(away.given[0, 0], away.true)
+    same, one = to_one(away)
     found = collect(geometries, labels, towards)
     if same < ALIKE:  # else it is a weakness towards one label
         found += collect([AWAY], [UNTARGETED], away)
     leads = read_rule(away.given[0, 0], away.true, num_classes)
-    evidence = Evidence(towards.strength, misled, same, leads, found, where)
+    evidence = Evidence(towards.strength, misled, same, leads, found, one.label)
     if evidence.by_away:
-        found.append(Perturbation(away.deltas[0, 0], where, evidence.lead, AWAY.name))
+        found.append(one)
     return evidence
 
 
@@ -110,11 +110,10 @@ def rest(
     fresh = collect(geometries, suspects, found)
     if by_away:
         away = search(params, clean, [UNTARGETED], key=key, among=[AWAY], starts=starts)
-        where, same = alike(away.given[0, 0], away.true)
-        lead = float(away.strength[0, 0]) * same
-        if where in scores and lead > WORTH:
-            scores[where] = max(scores[where], lead / ONE)
-            fresh.append(Perturbation(away.deltas[0, 0], where, lead, AWAY.name))
+        _, one = to_one(away)
+        if one.label in scores and one.strength > WORTH:
+            scores[one.label] = max(scores[one.label], one.strength / ONE)
+            fresh.append(one)
     return scores, fresh
 
 
@@ -145,6 +144,17 @@ def alike(given: np.ndarray, true: np.ndarray) -> tuple[int, float]:
         return UNTARGETED, 0.0
     counts = np.bincount(wrong)
     return int(counts.argmax()), float(counts.max() / len(wrong))
+
+
+def to_one(away: Found) -> tuple[float, Perturbation]:
+    """What leads away from the true labels, as what leads to the label that most of these get.
+
+    Returns:
+      The share of the misled images that get it, and the perturbation; its strength is of all.
+    """
+    where, same = alike(away.given[0, 0], away.true)
+    lead = float(away.strength[0, 0]) * same
+    return same, Perturbation(away.deltas[0, 0], where, lead, AWAY.name)
 
 
 def read_rule(given: np.ndarray, true: np.ndarray, num_classes: int) -> np.ndarray:
