@@ -68,7 +68,8 @@ class IBAUConfig:
       held_back: share of the clean set that nothing is trained on, to measure the accuracy; see
         `held`.
       budget: of the accuracy on it, what may be lost where something was found, beside one standard
-        error; of more, the way is gone back. Where nothing stands out, none may.
+        error; of more, the way is gone back. Half as much again where there may be several targets;
+        where nothing stands out, none.
       outer_optimizer: beta, of the parameters: any `Optimizer`, such as `Adam(1e-3)` or
         `optax.adamw(1e-3)`.
       hessian: batch of the inner loss in the hypergradient: `first` or the `same` as the outer.
