@@ -2,27 +2,29 @@
 
     python experiments/targeted.py run [--models cifar10-l0] [--seeds 0 1] [--change searched=0.2]
     python experiments/targeted.py run --reference DIR --models BadNets
-    python experiments/targeted.py ablate
     python experiments/targeted.py table
+    python experiments/targeted.py ablate
+    python experiments/targeted.py ablation
 
 CIFAR-10's of the zoo and, from the folder of the published checkpoints, those. Evaluated on
-test[5000:7000] (these rows choose; they are no result). `ablate` runs `ABLATION` on four models.
-Needs CIFAR-10 and GTSRB (TFDS_DATA_DIR). Rows go to `experiments/results/targeted.jsonl` as they
-come; what is there already is left out.
+test[5000:7000] (these rows choose; they are no result). `ablate` runs `ABLATION` on four models,
+`ablation` prints it. Needs CIFAR-10 and GTSRB (TFDS_DATA_DIR). Rows go to `targeted.jsonl` and
+`default_ablation.jsonl` of `experiments/results/` as they come; what is there already is left out.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 from unittest import mock
 
 import jax
 import tyro
 from grid import RESULTS as FOLDER
-from grid import Row, fill, read
+from grid import Row, commit, fill, read
 from measure import Models
 from zoo import CIFAR10, prepare_file
 
@@ -32,8 +34,10 @@ from ibau_jax.hypergradient import Direct
 from ibau_jax.training.optimizers import Adam
 from ibau_jax.unlearning import evidence, look
 from ibau_jax.unlearning.config import PRESETS
+from ibau_jax.unlearning.objective import Aim
 
 RESULTS = FOLDER / "targeted.jsonl"
+ABLATED_ROWS = FOLDER / "default_ablation.jsonl"
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ class Ablate:
     """Every change of the ablation, on its four models."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
-    out: Path = RESULTS
+    out: Path = ABLATED_ROWS
 
 
 def ablate(grid: Ablate) -> None:
@@ -83,16 +87,43 @@ def ablate(grid: Ablate) -> None:
             run(Run(models=ABLATED, seeds=(seed,), change=change, out=grid.out))
 
 
+def ablation(path: Path = ABLATED_ROWS) -> None:
+    """Print the ablation (Markdown): mean ACC / ASR over the seeds of each model, and of all."""
+    print(f"| settings | {' | '.join(ABLATED)} | mean | verdicts that are not `cleaned` |")
+    print("|---" * (len(ABLATED) + 3) + "|")
+    rows = read(path)
+    for changes in (" ".join(sorted(change)) for change in ABLATION):
+        each = [
+            [r for r in rows if r["cell"]["changes"] == changes and r["cell"]["model"] == model]
+            for model in ABLATED
+        ]
+        cells = [pair(of_model) for of_model in each]
+        all_of_it = [row for of_model in each for row in of_model]
+        bad = sum(row["verdict"] != "cleaned" for row in all_of_it)
+        whole = len({len(of_model) for of_model in each}) == 1
+        mean = pair(all_of_it) if whole else "not all run"
+        print(f"| {changes or 'default'} | {' | '.join(cells)} | {mean} | {bad} |")
+
+
+def pair(rows: list[Row]) -> str:
+    """Mean ACC / ASR."""
+    if not rows:
+        return "not run"
+    acc, asr = (fmean(row[k] for row in rows) for k in ("acc", "asr"))
+    return f"{acc:.3f} / {asr:.3f}"
+
+
 ABLATED = ("cifar10-badnets", "cifar10-l0", "cifar10-smooth", "cifar10-trojan-watermark")
 ABLATION: tuple[tuple[str, ...], ...] = (
     (),
     ("mixed=0",),
     ("distilled=0",),
+    ("aimed=no",),
     ("searched=0.0001",),  # searched for, and delta leads there, but no image carries it
-    ("searched=0.05",),
     ("searched=0.2",),
     ("share=0.01",),
     ("pool=1",),
+    ("outer_steps=1000",),  # one ascent in a pass
     ("solver=direct",),
     ("without=3x3-window",),
     ("without=5x5-window",),
@@ -121,7 +152,7 @@ def changed(changes: str) -> IBAUConfig:
 
 @contextmanager
 def mocked(changes: str) -> Iterator[None]:
-    """What no setting changes: `without` a geometry, a `pool` of so many."""
+    """What no setting changes: `without` a geometry, a `pool` of so many, delta not `aimed`."""
     with ExitStack() as stack:
         for name, value in (change.split("=") for change in changes.split()):
             if name in MOCKED:
@@ -148,7 +179,19 @@ def pool_of(stack: ExitStack, value: str) -> None:
     stack.enter_context(mock.patch.object(hunt.Hunt, "look", look_for_few))
 
 
-MOCKED = {"without": without, "pool": pool_of}
+def not_aimed(stack: ExitStack, value: str) -> None:
+    """Delta leads away from the true labels, as in the paper, and not to the target."""
+    del value
+    aims = pool.Pool.aims
+
+    def away(self: pool.Pool, number: int, targets: Sequence[int]) -> list[Aim]:
+        del targets
+        return aims(self, number, ())
+
+    stack.enter_context(mock.patch.object(pool.Pool, "aims", away))
+
+
+MOCKED = {"without": without, "pool": pool_of, "aimed": not_aimed}
 
 
 def measure(cell: Cell, models: Models) -> Row | None:
@@ -170,7 +213,7 @@ def measure(cell: Cell, models: Models) -> Row | None:
             k: told.get(k)
             for k in ("verdict", "flagged", "suspects", "stages", "searched", "left", "kept")
         },
-        **{"seconds": found.seconds, "device": jax.devices()[0].device_kind},
+        **{"seconds": found.seconds, "device": jax.devices()[0].device_kind, "commit": commit()},
     }
 
 
@@ -197,6 +240,6 @@ def table() -> None:
 
 
 if __name__ == "__main__":
-    commands = {"run": run, "ablate": ablate, "table": table}
+    commands = {"run": run, "table": table, "ablate": ablate, "ablation": ablation}
     flat = (tyro.conf.OmitArgPrefixes,)
     tyro.extras.subcommand_cli_from_dict(commands, description=__doc__, config=flat)
