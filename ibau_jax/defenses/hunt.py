@@ -27,7 +27,7 @@ from ibau_jax.unlearning.search import Search, kept_of
 # networks of one target 1.00, 1.11 and 1.24. What tells them apart is what it costs to unlearn
 # them: of seven targets at most a point of accuracy for each level that the others come to
 # together, of weaknesses more. Before the last stage, which gives accuracy back, only a cost beyond
-# three standard errors ends it (experiments/default.md).
+# three standard errors ends it (experiments/default_trials.md).
 MOST_OF_THE_WAY, SUSPECTED, COST, DOUBT = 0.7, 0.6, 0.01, 3.0
 # How many times the budget of one target several may cost in all.
 TIMES = 1.5

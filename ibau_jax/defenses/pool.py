@@ -19,7 +19,7 @@ from ibau_jax.unlearning.search import Label, Search, rule_of, share
 # wider.
 # The strongest window is of many colours, and to unlearn it leaves a trigger of one colour (the
 # white square of BadNets beside six others): so several squares go into the pool, as they are drawn
-# (experiments/default.md).
+# (experiments/default_trials.md).
 SHARES, STARTS, SQUARES = 2.0, 1000, 8
 
 

@@ -2,7 +2,7 @@
 
 Clean models have universal perturbations too. A label is held for a target where one of a
 geometry misleads at least as many images as its level says (`LEVELS`), which lies above all that
-was found on clean models (experiments/default.md).
+was found on clean models (experiments/default_trials.md).
 """
 
 from collections.abc import Mapping
@@ -23,12 +23,12 @@ LEVELS: Mapping[Geometry, float] = {
 # All-to-all has no target: so many are misled, and no label gets such a share of them.
 AWAY, MISLED, ALIKE = pixels(9), 0.7, 0.4
 # When most of all-to-all is unlearned, no more images are misled than on a clean model, but more
-# are led along the rule: .29, against .10 at most on a clean one (experiments/default.md).
+# are led along the rule: .29, against .10 at most on a clean one (experiments/default_trials.md).
 ALONG, SQUARE = 0.2, square(4)
 GEOMETRIES = (*LEVELS, AWAY, SQUARE)
 # Of a level: uncertain from here on. `ONE`: of all images; where so many go to one label under
 # `AWAY`, it is a target although no search towards it reaches a level: a trigger that works at one
-# place only can be missed by all of these (clean models: .34 at most; experiments/default.md).
+# place only can be missed by all of these (clean models: .34 at most; the same page).
 NEAR, ONE = 0.85, 0.6
 MOST = 7  # labels that are held for targets at once
 SHORTLIST = 12  # labels that are ascended towards, of any number
@@ -91,7 +91,7 @@ class Evidence(NamedTuple):
         """What reaches a level, the likeliest target first; empty: nothing stands out.
 
         A backdoor makes a model weak on other labels too, up to a strength of 1: they fall with it
-        (experiments/default.md). What tells it from them is that all geometries lead to it.
+        (experiments/default_trials.md). What tells it from them is that all geometries lead to it.
 
         `UNTARGETED` alone stands for a rule that leads to many labels: what leads to one label is
         part of it then, or a weakness.

@@ -169,7 +169,7 @@ def _windows(size: int, key: jax.Array, count: int, shape: tuple[int, int, int])
     """Random windows of extreme colours: each pixel its own, its own of grey, or one for all.
 
     What would stick out is moved to the border: triggers are put there, and models answer to some
-    of them nowhere else (GTSRB BadNets: experiments/default.md).
+    of them nowhere else (GTSRB BadNets: experiments/default_trials.md).
     """
     keys = jax.random.split(key, 4)
     inside = min(size, shape[0]), min(size, shape[1])

@@ -8,7 +8,7 @@ each label: Frank-Wolfe, which needs of a set no more than its vertex in a direc
 
 At clean images the gradient says little of a trigger, but models answer to much less than the
 whole of it. So a search starts from the best of many vertices drawn at random, looked at with one
-forward pass for all labels (measured in experiments/default.md).
+forward pass for all labels (measured in experiments/default_trials.md).
 
 Images of 64 x 64 and more are searched on a grid of 32 and more pixels a side, each a block of the
 image's own: a window keeps its share of the image, and a search its cost in memory.
