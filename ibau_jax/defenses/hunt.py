@@ -20,7 +20,8 @@ from ibau_jax.unlearning.config import IBAUConfig
 from ibau_jax.unlearning.evidence import GEOMETRIES, LEVELS, NEAR, Perturbation
 from ibau_jax.unlearning.look import look, looks, rest
 from ibau_jax.unlearning.objective import Aim
-from ibau_jax.unlearning.search import Search, kept_of
+from ibau_jax.unlearning.search import Search
+from ibau_jax.unlearning.strength import kept_of
 
 # What leads to a label at `MOST_OF_THE_WAY` may be of another target from so much of a level on.
 # The largest on one-target VGGs is .60; on two seven-target ones .64 to 1.40, but on three small

@@ -25,7 +25,7 @@ from ibau_jax.unlearning.batches import make_batches, make_mixtures, parted, res
 from ibau_jax.unlearning.config import IBAUConfig
 from ibau_jax.unlearning.ibau import Step, ibau
 from ibau_jax.unlearning.objective import cross_entropy
-from ibau_jax.unlearning.search import check_count
+from ibau_jax.unlearning.strength import check_count
 
 
 @method(IBAUConfig())

@@ -12,7 +12,8 @@ from ibau_jax.unlearning.batches import UNTARGETED
 from ibau_jax.unlearning.config import IBAUConfig
 from ibau_jax.unlearning.evidence import GEOMETRIES, LEVELS, SQUARE, WORTH, Evidence, Perturbation
 from ibau_jax.unlearning.objective import Aim
-from ibau_jax.unlearning.search import Label, Search, rule_of, share
+from ibau_jax.unlearning.search import Search
+from ibau_jax.unlearning.strength import Label, rule_of, share
 
 # Where images are led to several labels, each has few ascents and a small part of the pool. So more
 # images carry something, what leads to its label no more is left out of the pool, and searches are

@@ -23,7 +23,8 @@ from ibau_jax.unlearning.evidence import (
     scores_of,
 )
 from ibau_jax.unlearning.geometries import Geometry
-from ibau_jax.unlearning.search import Found, Search, check_count
+from ibau_jax.unlearning.search import Found, Search
+from ibau_jax.unlearning.strength import check_count
 
 
 def look(

@@ -15,7 +15,7 @@ image's own: a window keeps its share of the image, and a search its cost in mem
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, NamedTuple
@@ -30,13 +30,14 @@ from ibau_jax.devices.microbatch import accumulate
 from ibau_jax.errors import InputError
 from ibau_jax.models.at_once import at_once, divisor
 from ibau_jax.models.model import Logits, Params
-from ibau_jax.models.predict import predict
-from ibau_jax.unlearning.batches import UNTARGETED, shuffled
+from ibau_jax.models.predict import in_threads, predict
+from ibau_jax.unlearning.batches import shuffled
 from ibau_jax.unlearning.geometries import GEOMETRIES, Geometry, lift_of
 from ibau_jax.unlearning.grid import enlarged, on_grid
-from ibau_jax.unlearning.objective import clip_images, not_that_label
+from ibau_jax.unlearning.objective import clip_images
+from ibau_jax.unlearning.strength import Label, check_count, height, kept_of, rule_of, share
 
-Label = int | np.ndarray
+AT_ONCE = 50  # starts that one call looks at: on a CPU a call is one core's
 
 
 class Found(NamedTuple):
@@ -131,6 +132,7 @@ class Search:
         rows = divisor(size, at_once(self.logits, params, images[:size]))
         ascend = partial(self._ascend, rows=rows)
         lift = lift_of(images)
+        raised = np.asarray(lift, images.dtype)
         deltas, given = [], []
         names = [g.name for g in self.geometries]
         among = self.geometries if among is None else among
@@ -138,17 +140,22 @@ class Search:
             number = names.index(geometry.name)
             apart = jax.random.fold_in(key, number)
             drawn = self._starts(geometry, apart, images, starts or self.starts, lift)
-            seen = self._run(self._look_at, params, drawn, few)
+            seen = self._seen(params, drawn, few)
             heights = [self._heights(seen, few_true, rule[few_true]) for rule in rules]
             shortlist = np.argsort([-h.max() for h in heights], kind="stable")[:most]
-            for i, rule in enumerate(rules):
-                delta = drawn[heights[i].argmax()]
-                if i in shortlist:
-                    args = *stack, rule[stack[1]], np.int32(number), delta
-                    delta = self._run(ascend, params, *args, np.asarray(lift, images.dtype))
-                delta = enlarged(np.asarray(delta), images.shape[1:])
-                deltas.append(delta)
-                given.append(self.label(params, np.clip(held + delta, 0, 1)))
+            begin = [drawn[h.argmax()] for h in heights]
+            ends = self._each(
+                ascend,
+                [
+                    (params, *stack, rule[stack[1]], np.int32(number), begin[i], raised)
+                    for i, rule in enumerate(rules)
+                    if i in shortlist
+                ],
+            )
+            for i, start in enumerate(begin):
+                delta = np.asarray(next(ends) if i in shortlist else start)
+                deltas.append(enlarged(delta, images.shape[1:]))
+                given.append(self.label(params, np.clip(held + deltas[-1], 0, 1)))
                 advance(1)
         shape = len(among), len(labels)
         found = np.asarray(given, np.int32).reshape(*shape, kept)
@@ -177,7 +184,7 @@ class Search:
         """
         images, true = (a[: self.batch] for a in shuffled(clean, key))
         drawn = self._starts(geometry, jax.random.fold_in(key, 1), images, starts, lift_of(images))
-        seen = self._run(self._look_at, params, drawn, images)
+        seen = self._seen(params, drawn, images)
         rules = [rule_of(label, seen.shape[-1])[true] for label in labels]
         best_of = [drawn[np.argsort(-self._heights(seen, true, r))[:best]] for r in rules]
         return enlarged(np.asarray(best_of), images.shape[1:])
@@ -187,7 +194,17 @@ class Search:
         self.label(params, clean.images[: kept_of(len(clean.labels))])
 
     def _run(self, function: Callable, *args: Any, name: str = "") -> Any:
-        """`function(*args)`, compiled once for arguments of these shapes.
+        """`function(*args)`; see `_program`."""
+        return self._program(function, *args, name=name)(*args)
+
+    def _each(self, function: Callable, calls: Sequence[tuple[Any, ...]]) -> Iterator[jax.Array]:
+        """`_run` for each of the arguments, in their order; on a CPU in threads."""
+        programs = [self._program(function, *args) for args in calls]  # before the threads begin
+        pairs = zip(programs, calls, strict=True)
+        return in_threads(lambda pair: pair[0](*pair[1]), pairs)
+
+    def _program(self, function: Callable, *args: Any, name: str = "") -> Callable:
+        """A function, compiled once for arguments of these shapes.
 
         `name` tells functions of the same name apart.
         """
@@ -196,27 +213,33 @@ class Search:
         if key not in self._programs:
             with self._compiling():
                 self._programs[key] = jax.jit(function).lower(*args).compile()
-        return self._programs[key](*args)
+        return self._programs[key]
 
     def _starts(
         self, geometry: Geometry, key: jax.Array, images: np.ndarray, count: int, lift: float
-    ) -> jax.Array:
+    ) -> np.ndarray:
         shape = on_grid(images.shape[1:])
         if geometry.draw is None:
-            return jnp.zeros((1, *shape), images.dtype)
+            return np.zeros((1, *shape), images.dtype)
         draw = partial(_draw, geometry=geometry, count=count, shape=shape)
         raised = np.asarray(lift * geometry.lift, images.dtype)
-        return self._run(draw, key, raised, name=f"{geometry.name} {count} {shape}")
+        return np.asarray(self._run(draw, key, raised, name=f"{geometry.name} {count} {shape}"))
 
-    def _heights(self, seen: jax.Array, true: np.ndarray, towards: np.ndarray) -> np.ndarray:
-        """How well each start does: what `_look_at` saw -> [starts]."""
+    def _seen(self, params: Params, drawn: np.ndarray, images: np.ndarray) -> np.ndarray:
+        """The logits of images under each start: [starts, N, classes]."""
+        parts = [drawn[i : i + AT_ONCE] for i in range(0, len(drawn), AT_ONCE)]
+        seen = self._each(self._look_at, [(params, part, images) for part in parts])
+        return np.concatenate([np.asarray(one) for one in seen])
+
+    def _heights(self, seen: np.ndarray, true: np.ndarray, towards: np.ndarray) -> np.ndarray:
+        """How well each start does: what `_seen` gave -> [starts]."""
         return np.asarray(self._run(_heights, seen, true, towards))
 
     def _classes(self, params: Params, images: np.ndarray) -> int:
         return jax.eval_shape(self.logits, params, images[:1]).shape[1]
 
     def _look_at(self, params, drawn, images):
-        """The logits of images under each start: [starts, N, classes]."""
+        """A part of `_seen`."""
 
         def look(delta):
             return self.logits(params, clip_images(images + enlarged(delta, images.shape[1:])))
@@ -251,31 +274,6 @@ class Search:
         return jnp.where(over(loss, end, 0) >= over(loss, start, 0), end, start)
 
 
-def height(logits: jax.Array, true: jax.Array, label: Any) -> jax.Array:
-    """What a search ascends, for each image [N]: log p(label), or log(1 - p(true)) untargeted.
-
-    `label`: one, or one for each image.
-
-    Both have a gradient where the model is certain, as the cross-entropy of the true label has not.
-    Images of the label itself count nothing.
-    """
-    label = jnp.broadcast_to(label, true.shape)
-    log_p = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.maximum(label, 0)[:, None], axis=1)
-    towards = jnp.where(true == label, 0.0, log_p[:, 0])
-    return jnp.where(label == UNTARGETED, -not_that_label(logits, true), towards)
-
-
-def check_count(clean: Dataset) -> None:
-    """Raise `InputError` where there are too few images to search on some and measure on others."""
-    if (count := len(clean.labels)) < 2:
-        raise InputError(f"the clean set has {count} image(s): expected at least 2 to search")
-
-
-def kept_of(count: int) -> int:
-    """How many of `count` images are held back to measure the strength."""
-    return min(200, count // 2)
-
-
 def _draw(
     key: jax.Array, lift: jax.Array, *, geometry: Geometry, count: int, shape: tuple[int, int, int]
 ) -> jax.Array:
@@ -287,17 +285,3 @@ def _draw(
 def _heights(seen: jax.Array, true: jax.Array, towards: jax.Array) -> jax.Array:
     """The height of each start over the images: [starts, N, classes] -> [starts]."""
     return jax.vmap(lambda logits: height(logits, true, towards).sum())(seen)
-
-
-def rule_of(label: Label, num_classes: int) -> np.ndarray:
-    """For the images of each class the label that they are led to: int32 [num_classes]."""
-    return np.broadcast_to(np.asarray(label, np.int32), (num_classes,))
-
-
-def share(given: np.ndarray, true: np.ndarray, label: Label) -> float:
-    """The strength of a perturbation; see `Found`. 0 where no image counts.
-
-    `label`: one, or one for each image.
-    """
-    hit = np.where(np.equal(label, UNTARGETED), given != true, given == label)[true != label]
-    return float(hit.mean()) if len(hit) else 0.0

@@ -23,7 +23,8 @@ from ibau_jax.unlearning.evidence import (
     rule,
 )
 from ibau_jax.unlearning.look import alike, look, looks, read_rule, rest
-from ibau_jax.unlearning.search import Found, rule_of, share
+from ibau_jax.unlearning.search import Found
+from ibau_jax.unlearning.strength import rule_of, share
 
 KEY = jax.random.key(0)
 DELTA = np.zeros((2, 2, 1), np.float32)

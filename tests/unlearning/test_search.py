@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ibau_jax import Dataset, InputError
+from ibau_jax.unlearning import search as search_module
 from ibau_jax.unlearning.batches import UNTARGETED
 from ibau_jax.unlearning.geometries import (
     GEOMETRIES,
@@ -22,7 +23,8 @@ from ibau_jax.unlearning.geometries import (
     window,
 )
 from ibau_jax.unlearning.grid import enlarged, on_grid, scale
-from ibau_jax.unlearning.search import Search, height, rule_of, share
+from ibau_jax.unlearning.search import Search
+from ibau_jax.unlearning.strength import height, rule_of, share
 
 KEY = jax.random.key(0)
 SHAPE = (7, 6, 2)
@@ -182,6 +184,15 @@ def test_the_label_of_a_backdoor_stands_out(seed):
     same(found, again)
 
 
+def test_starts_are_looked_at_in_parts(monkeypatch):
+    data, labels = clean(), [1, SQUARE.target]
+    whole = SEARCH(small_model(0, True), data, labels, key=KEY)
+    monkeypatch.setattr(search_module, "AT_ONCE", 40)  # 150 starts: the last part is of 30
+    parts = SEARCH(small_model(0, True), data, labels, key=KEY)
+    np.testing.assert_array_equal(parts.deltas, whole.deltas)
+    np.testing.assert_array_equal(parts.strength, whole.strength)
+
+
 def test_the_best_that_are_drawn():
     params, images = jnp.zeros(()), Dataset(clean().images, clean().labels % 3)
 
@@ -282,13 +293,13 @@ def test_of_many_labels_the_few_are_ascended_that_starts_lead_to():
     every = SEARCH(model, data, labels, key=KEY)
     before = len(SEARCH._programs)
     calls = []
-    run = SEARCH._run
-    SEARCH._run = lambda function, *args, **names: (
+    program = SEARCH._program
+    SEARCH._program = lambda function, *args, **names: (
         calls.append(function),
-        run(function, *args, **names),
+        program(function, *args, **names),
     )[1]
     few = SEARCH(model, data, labels, key=KEY, most=3)
-    del SEARCH._run
+    del SEARCH._program
     ascents = [f for f in calls if getattr(f, "func", None) == SEARCH._ascend]
     assert len(ascents) == 2 * 3 and len(SEARCH._programs) == before
     same_as = np.array(
