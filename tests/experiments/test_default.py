@@ -1,16 +1,19 @@
 """What tries the default: unseen models, and the changes of the ablation."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import numpy as np
 import pytest
-from conftest import MODEL, clean, small_model
+from conftest import MODEL, SQUARE, clean, small_model
 
 from ibau_jax import IBAUConfig, unlearn
-from ibau_jax.defenses import hunt
+from ibau_jax.defenses import hunt, pool
 from ibau_jax.hypergradient import Direct
 from ibau_jax.unlearning import evidence
+from ibau_jax.unlearning.batches import UNTARGETED
+from ibau_jax.unlearning.search import Search
 
 
 @pytest.fixture
@@ -54,16 +57,43 @@ def test_changes_of_the_ablation(targeted):
     assert targeted.changed("solver=direct").solver == Direct()
     config = targeted.changed("rounds=3 share=0.2 pool=1")
     assert config.share == 0.2 and isinstance(config.rounds, int)
+
+    def mocks():
+        return evidence.LEVELS, evidence.GEOMETRIES, hunt.Hunt.look, pool.Pool.aims
+
     for change in targeted.ABLATION[1:]:
         changes = " ".join(change)
-        before = evidence.LEVELS, evidence.GEOMETRIES, hunt.Hunt.look
+        before = mocks()
         with targeted.mocked(changes):
-            now = evidence.LEVELS, evidence.GEOMETRIES, hunt.Hunt.look
+            now = mocks()
         assert targeted.changed(changes) != IBAUConfig() or now != before
-        after = evidence.LEVELS, evidence.GEOMETRIES, hunt.Hunt.look
-        assert after == before
+        assert mocks() == before
     with pytest.raises(ValueError, match="no geometry"), targeted.mocked("without=7x7-window"):
         pass
+
+
+def test_delta_that_is_not_aimed_leads_away(targeted, monkeypatch):
+    """And what was found still carries the label that it leads to."""
+
+    class Enough(Exception):
+        pass
+
+    seen = []
+    aims = pool.Pool.aims
+
+    def spy(self, number, targets):
+        seen.append((tuple(targets), aims(self, number, targets)))
+        raise Enough
+
+    monkeypatch.setattr(pool.Pool, "aims", spy)
+    monkeypatch.setattr(hunt, "Search", partial(Search, starts=60, steps=3, few=5))
+    config = replace(IBAUConfig(), rounds=1, batch_size=50, microbatch=None)
+    with targeted.mocked("aimed=no"), pytest.raises(Enough):
+        unlearn(MODEL, small_model(0, True), clean(), config=config, key=jax.random.key(0))
+    ((targets, (first, *_)),) = seen
+    assert targets == () and (np.asarray(first.rule) == UNTARGETED).all()
+    rules = np.asarray(first.rules)[: int(first.size)]
+    assert len(rules) and (rules == SQUARE.target).all()
 
 
 def test_a_race_looks_at_every_fifth_step(race):
