@@ -37,7 +37,7 @@ from ibau_jax.unlearning.grid import enlarged, on_grid
 from ibau_jax.unlearning.objective import clip_images
 from ibau_jax.unlearning.strength import Label, check_count, height, kept_of, rule_of, share
 
-AT_ONCE = 50  # starts that one call looks at, at most: on a CPU a call is one core's
+STARTS_A_CALL = 50  # that one call looks at, at most: on a CPU a call is one core's
 
 
 class Found(NamedTuple):
@@ -227,7 +227,7 @@ class Search:
 
     def _seen(self, params: Params, drawn: np.ndarray, images: np.ndarray) -> np.ndarray:
         """The logits of images under each start: [starts, N, classes]."""
-        parts = np.array_split(drawn, -(-len(drawn) // AT_ONCE))  # of one shape, or two
+        parts = np.array_split(drawn, -(-len(drawn) // STARTS_A_CALL))  # of one shape, or two
         seen = self._each(self._look_at, [(params, part, images) for part in parts])
         return np.concatenate([np.asarray(one) for one in seen])
 

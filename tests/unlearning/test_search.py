@@ -187,7 +187,7 @@ def test_the_label_of_a_backdoor_stands_out(seed):
 def test_starts_are_looked_at_in_parts(monkeypatch):
     data, labels = clean(), [1, SQUARE.target]
     whole = SEARCH(small_model(0, True), data, labels, key=KEY)
-    monkeypatch.setattr(search_module, "AT_ONCE", 40)  # 150 starts: parts of 38 and of 37
+    monkeypatch.setattr(search_module, "STARTS_A_CALL", 40)  # 150 starts: parts of 38 and of 37
     parts = SEARCH(small_model(0, True), data, labels, key=KEY)
     np.testing.assert_array_equal(parts.deltas, whole.deltas)
     np.testing.assert_array_equal(parts.strength, whole.strength)
