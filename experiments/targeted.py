@@ -26,6 +26,7 @@ import tyro
 from grid import RESULTS as FOLDER
 from grid import Row, commit, fill, read
 from measure import Models
+from paper.tables import heads, line
 from zoo import CIFAR10, prepare_file
 
 from ibau_jax import IBAUConfig, load, unlearn
@@ -89,8 +90,7 @@ def ablate(grid: Ablate) -> None:
 
 def ablation(path: Path = ABLATED_ROWS) -> None:
     """Print the ablation (Markdown): mean ACC / ASR over the seeds of each model, and of all."""
-    print(f"| settings | {' | '.join(ABLATED)} | mean | verdicts that are not `cleaned` |")
-    print("|---" * (len(ABLATED) + 3) + "|")
+    print(*heads("settings", *ABLATED, "mean", "verdicts that are not `cleaned`"), sep="\n")
     rows = read(path)
     for changes in (" ".join(sorted(change)) for change in ABLATION):
         each = [
@@ -102,7 +102,7 @@ def ablation(path: Path = ABLATED_ROWS) -> None:
         bad = sum(row["verdict"] != "cleaned" for row in all_of_it)
         whole = len({len(of_model) for of_model in each}) == 1
         mean = pair(all_of_it) if whole else "not all run"
-        print(f"| {changes or 'default'} | {' | '.join(cells)} | {mean} | {bad} |")
+        print(line([changes or "default", *cells, mean, str(bad)]))
 
 
 def pair(rows: list[Row]) -> str:
